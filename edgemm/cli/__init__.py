@@ -1,0 +1,97 @@
+"""The command line: one file a command, found by its name. Commands parse, call and print."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import typer
+
+from edgemm import console
+from edgemm.errors import EdgemmError
+from edgemm.plugins import names
+
+INTERRUPTED = 130
+GROUPS = ("recipes", "targets")
+
+
+def main() -> None:
+    """Entry point of `edgemm`."""
+    build_app()()
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="edgemm",
+        help="Make a trained multimodal model run, provably as good, on a small machine.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    app.callback()(_version)
+    for name in names("cli"):
+        module = importlib.import_module(f"edgemm.cli.{name}")
+        if hasattr(module, "app"):
+            _guard_group(module)
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(guard(module.command))
+    return app
+
+
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from edgemm import __version__
+
+        console.result(__version__)
+        raise typer.Exit
+
+
+def _guard_group(module: ModuleType) -> None:
+    for info in module.app.registered_commands:
+        info.callback = guard(info.callback)
+
+
+def guard(command: Callable[..., Any]) -> Callable[..., Any]:
+    """End by the exit code of our own errors and of Ctrl-C; anything else is our bug and shows its traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except EdgemmError as e:
+            console.error(str(e))
+            raise typer.Exit(e.exit_code) from e
+        except KeyboardInterrupt as e:
+            console.error("interrupted; what was finished is kept, and the same command goes on from there")
+            raise typer.Exit(INTERRUPTED) from e
+
+    return guarded
+
+
+def assignments(values: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`--set PATH=VALUE` (values read as YAML) -> overrides of the recipe, overrides of the target."""
+    import yaml
+
+    from edgemm.errors import InputError
+
+    recipe: dict[str, Any] = {}
+    target: dict[str, Any] = {}
+    for text in values:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise InputError(f"--set {text!r} is not PATH=VALUE", fix="for example --set prune.0.keep=0.5")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise InputError(f"--set {text!r}: the value is not YAML", fix="quote it") from e
+        if path.startswith("target."):
+            target[path.removeprefix("target.")] = parsed
+        else:
+            recipe[path] = parsed
+    return recipe, target

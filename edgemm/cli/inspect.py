@@ -1,0 +1,36 @@
+"""edgemm inspect"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from edgemm import console
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="reasoner, a model directory, or an .edgemm file.")],
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Components with inputs and outputs; attention layers of a model; certificate of a bundle."""
+    from edgemm.inspection import inspect
+
+    found = inspect(model)
+    if json:
+        console.result_json(found)
+        return
+
+    def ports(values: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{p['name']}{list(p['shape'])}" for p in values)
+
+    components = ((c["name"], ports(c["inputs"]), ports(c["outputs"])) for c in found["components"])
+    console.table(model, ("component", "inputs", "outputs"), components)
+    if layers := found.get("attention"):
+        columns = ("attention", "kind", "queries", "keys", "heads", "width of a head")
+        console.table(
+            f"{found['parameters']:,} parameters, {found['macs']:,} MACs", columns, ([*row.values()] for row in layers)
+        )
+    if certificate := found.get("certificate"):
+        rows = ((a["metric"], a["fp32"], a["compressed"], a["drop_ci95_upper"]) for a in certificate["accuracy"])
+        console.table(certificate["verdict"], ("metric", "FP32", "compressed", "bound on the drop"), rows)

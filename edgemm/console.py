@@ -1,0 +1,52 @@
+"""The only writer to stdout and stderr: the result on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+T = TypeVar("T")
+
+
+def log(message: str) -> None:
+    """A line about what happens now, on stderr."""
+    _err.print(message, markup=False, style="dim")
+
+
+def error(message: str) -> None:
+    _err.print(f"error: {message}", markup=False, style="red")
+
+
+def result(text: str) -> None:
+    """The result alone, on stdout."""
+    _out.print(text, markup=False)
+
+
+def result_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout; the first column is left-aligned, the others right-aligned."""
+    grid = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    _out.print(grid)
+
+
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """Iterate with a progress bar on stderr, drawn only on a TTY."""
+    if not _err.is_terminal:
+        yield from items
+    else:
+        yield from track(items, description=what, console=_err, transient=True)

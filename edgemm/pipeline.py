@@ -1,0 +1,106 @@
+"""The seven stages in order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgemm import artifact, plugins
+from edgemm.artifact import Artifact, locked, write_atomic
+from edgemm.console import log
+from edgemm.errors import InputError
+from edgemm.recipe import Recipe, check_plugins
+from edgemm.report import html, junit, markdown
+from edgemm.report.schema import BundleFile, Pruning, Report, TargetReport
+from edgemm.stages.compile import compile_engine
+from edgemm.stages.export import export
+from edgemm.stages.load import load
+from edgemm.stages.package import package
+from edgemm.stages.prune import prune
+from edgemm.stages.quantize import quantize
+from edgemm.stages.verify import host, verify
+from edgemm.target import Target
+
+TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "numpy")
+
+
+def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetReport, Artifact | None]:
+    """One model, one target. Read this function and you have read edgemm."""
+    source = load(recipe, runs)  # FP32 weights, recorded reference outputs
+    pruned = prune(source, recipe, runs)  # smaller shapes, not masks
+    graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
+    quantized = quantize(graph, recipe, runs)  # Q/DQ, ranges from the train split
+    engine = compile_engine(quantized, target, runs)  # OpenVINO IR
+    baseline = compile_engine(export(source, recipe.export, runs), target, runs)  # FP32, same runtime
+    pruning = Pruning.model_validate(pruned.json("pruning.json"))
+    verified = verify(engine, baseline, source, pruning, recipe, target, runs)
+    report = TargetReport.model_validate(verified.json("target.json"))
+    if report.verdict not in ("PASS", "UNVERIFIED"):
+        return report, None  # what is not proven is not packed
+    return report, package(verified, engine, source, recipe, target, runs)  # one .edgemm file
+
+
+def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: bool = False) -> Report:
+    """Compress one model for every target; `out` gets the reports and <target>/<model>-<target>.edgemm.
+
+    fresh   forget what an earlier run left in `out`/.runs
+    Raises InputError or ToolchainError before anything is judged. Verdicts are in the report:
+    `verdict.raise_verdict` turns them into an exit code.
+    """
+    check_plugins(recipe)
+    runs = out / ".runs"
+    with locked(runs):
+        if fresh:
+            for entry in runs.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+        rows = []
+        for target in targets:
+            row, bundle = compress_one(recipe, target, runs)
+            place = out / target.name / f"{Path(recipe.model).stem}-{target.name}.edgemm"
+            if bundle is None:
+                place.unlink(missing_ok=True)
+                row = row.model_copy(update={"notes": (*row.notes, f"no bundle: the verdict is {row.verdict}")})
+            else:
+                content = (bundle.path / "model.edgemm").read_bytes()
+                write_atomic(place, content)
+                file = BundleFile(path=str(place), sha256=bundle.manifest.files["model.edgemm"].sha256)
+                row = row.model_copy(update={"bundle": file})
+            rows.append(row)
+        report = Report(
+            model=recipe.model,
+            recipe=recipe.name,
+            seed=recipe.seed,
+            versions=artifact.tool_versions(TOOLS),
+            host=host(),
+            targets=tuple(rows),
+        )
+        write_report(report, out)
+    return report
+
+
+def write_report(report: Report, out: Path) -> None:
+    """report.json, report.md, report.html and junit.xml in `out`."""
+    log(f"report {out}/report.html")
+    write_atomic(out / "report.json", (report.model_dump_json(by_alias=True, indent=1) + "\n").encode())
+    for name, render in (("report.md", markdown.render), ("report.html", html.render), ("junit.xml", junit.render)):
+        write_atomic(out / name, render(report).encode())
+
+
+def train(recipe: Recipe, out: Path) -> Path:
+    """Train the reference model by `recipe.train`; `out`/model gets a directory that `compress` takes.
+
+    `out` also holds log.csv and checkpoint.pt: the same call resumes an interrupted run.
+    """
+    from edgemm.models import reasoner
+    from edgemm.reasoner.train import train as train_reasoner
+
+    if recipe.train is None:
+        raise InputError(f"recipe {recipe.name} has no train section", fix="use recipes/reasoner-easy-vqa.yaml")
+    with locked(out / ".runs"), artifact.writing(out):
+        samples = plugins.plugin("data", recipe.data).samples("train")
+        model, tokenizer = train_reasoner(samples, recipe.train, recipe.seed, out)
+        (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        reasoner.save(model, out / "model", out / "tokenizer.json", half=True)
+    return out / "model"

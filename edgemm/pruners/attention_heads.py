@@ -1,0 +1,115 @@
+"""Structured removal of attention heads: q, k, v, o really shrink, each layer by as much as it can spare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from edgemm.errors import InputError
+from edgemm.models import AttentionBlock
+from edgemm.recipe import Strict
+
+
+class Options(Strict):
+    """`keep`: share of the heads of all matched layers that stays; every layer keeps at least one.
+
+    score   attention: on calibration data, attention probability x norm of the value it carries to the
+            residual stream (Kobayashi et al. 2020); magnitude: L2 norm of the head's weights, no data
+    layers  glob patterns over the names of attention layers; `edgemm inspect MODEL` lists them
+    """
+
+    keep: float = Field(gt=0, le=1)
+    score: Literal["attention", "magnitude"] = "magnitude"
+    layers: tuple[str, ...] = ("*",)
+
+
+def prune(
+    blocks: list[AttentionBlock], run: Callable[[], object], options: Options
+) -> dict[str, tuple[list[float], list[int]]]:
+    """Remove the lowest-scored heads of the matched layers in place -> name: (scores of all heads, heads kept).
+
+    run   passes the calibration data through the model once
+    Raises InputError when a pattern in `layers` matches nothing.
+    """
+    for pattern in options.layers:
+        if not any(fnmatchcase(b.name, pattern) for b in blocks):
+            raise InputError(
+                f"attention_heads: no layer matches {pattern!r}", fix=f"layers: {', '.join(b.name for b in blocks)}"
+            )
+    matched = [b for b in blocks if any(fnmatchcase(b.name, p) for p in options.layers)]
+    scores = magnitude(matched) if options.score == "magnitude" else attention(matched, run)
+    kept = choose([scores[b.name] for b in matched], options.keep)
+    for block, heads in zip(matched, kept, strict=True):
+        block.keep(heads)
+    return {b.name: (scores[b.name], heads) for b, heads in zip(matched, kept, strict=True)}
+
+
+def choose(scores: list[list[float]], keep: float) -> list[list[int]]:
+    """The heads that stay, a list a layer: the best of each layer first, then the best of all.
+
+    Scores are compared across layers as shares of their layer's mean, since layers differ in scale.
+    """
+    total = max(len(scores), round(keep * sum(map(len, scores))))
+    best = [max(range(len(s)), key=s.__getitem__) for s in scores]
+    rest = sorted(
+        (-score / (sum(s) / len(s) or 1.0), layer, head)
+        for layer, s in enumerate(scores)
+        for head, score in enumerate(s)
+        if head != best[layer]
+    )
+    kept = [[head] for head in best]
+    for _, layer, head in rest[: total - len(scores)]:
+        kept[layer].append(head)
+    return [sorted(k) for k in kept]
+
+
+def magnitude(blocks: list[AttentionBlock]) -> dict[str, list[float]]:
+    """L2 norm of all weights of each head."""
+
+    def norms(block: AttentionBlock) -> Tensor:
+        rows = [
+            linear.weight.detach().unflatten(0, (block.heads, -1)).flatten(1) for linear in (block.q, block.k, block.v)
+        ]
+        columns = block.o.weight.detach().T.unflatten(0, (block.heads, -1)).flatten(1)
+        return torch.cat([*rows, columns], 1).norm(dim=1)
+
+    return {b.name: norms(b).tolist() for b in blocks}
+
+
+@torch.inference_mode()
+def attention(blocks: list[AttentionBlock], run: Callable[[], object]) -> dict[str, list[float]]:
+    """Mean over queries of sum over keys of probability x ||W_o v||, for each head.
+
+    The calibration data must come without padding: masks are not seen here.
+    """
+    sums = {b.name: torch.zeros(b.heads) for b in blocks}
+    counts = dict.fromkeys(sums, 0)
+    handles = []
+    for block in blocks:
+        seen: dict[str, Tensor] = {}
+
+        def remember(part: str, seen: dict[str, Tensor], _m: nn.Module, _i: object, output: Tensor) -> None:
+            seen[part] = output
+
+        def add(b: AttentionBlock, seen: dict[str, Tensor], _m: nn.Module, _i: object) -> None:
+            q, k, v = (seen[part].unflatten(-1, (b.heads, b.head_dim)).transpose(1, 2) for part in "qkv")
+            probability = (q @ k.transpose(-1, -2) / b.head_dim**0.5).softmax(-1)
+            carried = v @ b.o.weight.T.unflatten(0, (b.heads, b.head_dim))
+            sums[b.name] += (probability @ carried.norm(dim=-1, keepdim=True)).sum((0, 2, 3))
+            counts[b.name] += q.shape[0] * q.shape[2]
+
+        for part, linear in zip("qkv", (block.q, block.k, block.v), strict=True):
+            handles.append(linear.register_forward_hook(partial(remember, part, seen)))
+        handles.append(block.o.register_forward_pre_hook(partial(add, block, seen)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / max(1, counts[name])).tolist() for name, total in sums.items()}

@@ -1,0 +1,52 @@
+"""Static INT8 by NNCF on the ONNX graph: the arithmetic is theirs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import onnx
+from numpy.typing import NDArray
+from pydantic import Field
+
+from edgemm.errors import ToolchainError
+from edgemm.recipe import Strict
+
+
+class Options(Strict):
+    """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; `ranges`: how activations' ranges are found."""
+
+    preset: Literal["performance", "mixed"] = "performance"
+    smooth_quant: float = Field(0.5, ge=-1, le=1)
+    ranges: Literal["minmax", "histogram"] = "minmax"
+    keep_float: tuple[str, ...] = Field((), description="ONNX op types that stay in float")
+
+
+def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]], options: Options) -> onnx.ModelProto:
+    """FP32 graph and calibration inputs by name -> the same graph with Q/DQ, per-channel weights."""
+    os.environ["NNCF_CI"] = "1"  # no telemetry; read at import
+    try:
+        import nncf
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+    except ImportError as e:
+        raise ToolchainError("NNCF is not installed", fix="pip install 'edgemm[compress]'") from e
+    nncf.set_log_level(logging.ERROR)
+    advanced = AdvancedQuantizationParameters(
+        smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=options.smooth_quant)
+    )
+    if options.ranges == "histogram":
+        advanced.activations_range_estimator_params = RangeEstimatorParametersSet.HISTOGRAM
+    present = {node.op_type for node in model.graph.node}
+    ignored = [t for t in ("Gather", *options.keep_float) if t in present]
+    return nncf.quantize(
+        model,
+        nncf.Dataset(list(samples)),
+        preset=nncf.QuantizationPreset(options.preset),
+        subset_size=len(samples),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(types=ignored) if ignored else None,
+        advanced_parameters=advanced,
+    )

@@ -1,0 +1,145 @@
+"""What a recipe file (recipes/*.yaml) may say: passes, quantizer, parity limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgemm.errors import InputError
+from edgemm.plugins import PACKAGE, options, plugin, validate
+
+
+class Strict(BaseModel):
+    """Base of every file boundary: unknown keys are errors, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Use(BaseModel):
+    """A plug-in by file name, and its own options, which the plug-in validates."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    use: str
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Export(Strict):
+    """`opset` of ONNX; 18 to 20 is what every backend takes. `tolerance`: largest relative error to torch."""
+
+    opset: int = Field(18, ge=18, le=20)
+    tolerance: float = Field(1e-4, gt=0)
+
+
+class Limit(Strict):
+    """One metric and the largest drop against FP32 that is accepted, in the metric's unit (0.01 = 1 point)."""
+
+    use: str
+    margin: float = Field(0.01, gt=0, lt=1)
+
+
+class Verify(Strict):
+    """How the proof is made. `resamples` of the bootstrap; `rounds` of ABBA blocks in the latency run."""
+
+    metrics: tuple[Limit, ...] = (Limit(use="accuracy"),)
+    resamples: int = Field(10_000, ge=1_000)
+    rounds: int = Field(24, ge=4)
+    limit: int | None = Field(None, ge=1, description="use only the first N verification samples")
+
+
+class Train(Strict):
+    """Two-stage training of the reference model; see edgemm/reasoner/train.py."""
+
+    threads: int = Field(2, ge=1)
+    perception_epochs: int = Field(8, ge=0)
+    reasoning_epochs: int = Field(8, ge=1)
+    images_per_batch: int = Field(16, ge=1)
+    questions_per_image: int = Field(8, ge=1)
+    validation_images: int = Field(200, ge=1)
+    learning_rate: float = Field(4e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    perception_weight: float = Field(0.3, ge=0)
+    bf16: bool = True
+    model: dict[str, Any] = {}
+
+
+class Recipe(Strict):
+    """Everything that decides what is made, except the target."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    name: str
+    description: str = ""
+    model: str = "reasoner"
+    data: str = "easy_vqa"
+    seed: int = Field(0, ge=0)
+    calibration: int = Field(300, ge=1, description="samples of the train split for scores and ranges")
+    prune: tuple[Use, ...] = ()
+    export: Export = Export()
+    quantize: Use | None = None
+    verify: Verify = Verify()
+    train: Train | None = None
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe by name (recipes/NAME.yaml, shipped with the package) or file, with dotted overrides applied."""
+    values, where = read_yaml("recipes", name)
+    return validate(Recipe, override(values, overrides or {}, where), where)
+
+
+def check_plugins(recipe: Recipe) -> None:
+    """InputError unless every plug-in that the recipe names is there and takes the options given."""
+    plugin("data", recipe.data)
+    for limit in recipe.verify.metrics:
+        plugin("metrics", limit.use)
+    for i, pass_ in enumerate(recipe.prune):
+        options("pruners", pass_.use, pass_.values, f"{recipe.name}: prune.{i}")
+    if recipe.quantize is not None:
+        options("quantizers", recipe.quantize.use, recipe.quantize.values, f"{recipe.name}: quantize")
+
+
+def read_yaml(folder: str, name: str) -> tuple[dict[str, Any], str]:
+    """The mapping in a shipped file by NAME or in any file by path, and how errors should call it."""
+    shipped = shipped_files(folder)
+    path = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else shipped.get(name)
+    if path is None:
+        raise InputError(
+            f"no {folder[:-1]} named {name!r}", fix=f"use one of {', '.join(shipped)}, or the path of a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read {folder[:-1]} {path}: {e}", fix="give the path of a readable YAML file") from e
+    except yaml.YAMLError as e:
+        raise InputError(f"{path} is not YAML: {e}", fix="correct the file") from e
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds {type(values).__name__}, not keys and values", fix="write `key: value` lines")
+    return {"name": path.stem, **values}, str(path)
+
+
+def shipped_files(folder: str) -> dict[str, Path]:
+    """Name -> file of recipes/ or targets/: inside the installed package, beside it in a checkout."""
+    for root in (PACKAGE / folder, PACKAGE.parent / folder):
+        if files := sorted(root.glob("*.yaml")):
+            return {f.stem: f for f in files}
+    return {}
+
+
+def override(values: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` with each dotted PATH set; a path through something that is no mapping or list is an error."""
+    for path, value in overrides.items():
+        *parents, last = path.split(".")
+        node: Any = values
+        try:
+            for part in parents:
+                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            node[int(last) if isinstance(node, list) else last] = value
+        except (ValueError, IndexError, TypeError, AttributeError) as e:
+            raise InputError(
+                f"--set {path}={value!r}: no such place in {where}", fix="give a dotted path that the file has"
+            ) from e
+    return values

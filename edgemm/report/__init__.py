@@ -1,0 +1,1 @@
+"""report.json -> Markdown, HTML with plots, JUnit."""

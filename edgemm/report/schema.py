@@ -1,0 +1,151 @@
+"""report.json, schema 1: what a run established. Every renderer and every pipeline reads this alone.
+
+A number that was not measured is null, and `notes` says why.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from edgemm.recipe import Strict
+
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
+
+
+class Accuracy(Strict):
+    """One metric, paired by sample against the FP32 model that the user brought.
+
+    n, clusters      samples, and groups of samples that share media
+    n_required       samples that the claim needs (80 % power at the flips seen); see stages/verify.py
+    drop             fp32 - compressed; `drop_ci95_upper` its one-sided 95 % upper bound
+    flips            share of samples whose answer changed
+    sqnr_db          of the model's raw outputs against FP32
+    """
+
+    metric: str
+    unit: str
+    n: int
+    clusters: int
+    n_required: int
+    fp32: float
+    compressed: float
+    drop: float
+    drop_ci95_upper: float
+    margin: float
+    flips: float
+    sqnr_db: float
+    verdict: Verdict
+
+
+class Percentiles(Strict):
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+
+class Samples(Strict):
+    """Every timed inference, in ms, in the order measured."""
+
+    fp32: tuple[float, ...]
+    compressed: tuple[float, ...]
+
+
+class Latency(Strict):
+    """One input through all components, warm. `speedup_p50` = fp32 p50 / compressed p50."""
+
+    fp32: Percentiles
+    compressed: Percentiles
+    speedup_p50: float
+    speedup_ci95: tuple[float, float]
+    baseline: str
+    threads: int
+    torch_p50_ms: float | None
+    samples_ms: Samples
+
+
+class Memory(Strict):
+    """Peak resident memory of a fresh process that runs only the runtime, in MB (10^6 bytes)."""
+
+    fp32_peak_mb: float
+    compressed_peak_mb: float
+
+
+class Size(Strict):
+    """Bytes of the compiled components."""
+
+    fp32_bytes: int
+    compressed_bytes: int
+
+
+class Layer(Strict):
+    """One attention layer before and after pruning. A link is one head of the edge queries -> keys.
+
+    scores   of each head before pruning, None when nothing was scored;  kept  the heads that stayed
+    keys     width of the key (and value) projection: heads x head_dim
+    """
+
+    name: str
+    kind: Literal["self", "cross", "merged"]
+    queries: str
+    keys: str
+    links_before: int
+    links_after: int
+    heads_before: int
+    heads_after: int
+    keys_before: int
+    keys_after: int
+    scores: tuple[float, ...] | None
+    kept: tuple[int, ...]
+
+
+class Pruning(Strict):
+    """What left the model. MACs are of one input at its largest size."""
+
+    layers: tuple[Layer, ...]
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+
+
+class Gate(Strict):
+    """One condition of the verdict. `value` with its 95 % interval or bound in `detail`."""
+
+    name: str
+    value: float | None
+    limit: float
+    unit: str
+    verdict: Verdict
+    detail: str
+
+
+class BundleFile(Strict):
+    path: str
+    sha256: str
+
+
+class TargetReport(Strict):
+    """One model on one target."""
+
+    name: str
+    verdict: Verdict
+    accuracy: tuple[Accuracy, ...]
+    latency: Latency | None
+    memory: Memory | None
+    size: Size | None
+    pruning: Pruning | None
+    gates: tuple[Gate, ...]
+    bundle: BundleFile | None
+    notes: tuple[str, ...] = ()
+
+
+class Report(Strict):
+    schema_: Literal[1] = Field(1, alias="schema")
+    model: str
+    recipe: str
+    seed: int
+    versions: dict[str, str]
+    host: dict[str, str]
+    targets: tuple[TargetReport, ...]

@@ -1,0 +1,82 @@
+"""Prune: the recipe's passes, one after the other, on the torch model; smaller shapes, not masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgemm import plugins
+from edgemm.artifact import Artifact, build
+from edgemm.console import log
+from edgemm.data import split
+from edgemm.models import AttentionBlock, find_family, read_model, sizes
+from edgemm.recipe import Recipe
+from edgemm.report.schema import Layer, Pruning
+
+
+def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
+    """Apply the recipe's pruners to the model of `source`.
+
+    The artifact holds model/, smaller, and pruning.json (report/schema.py: Pruning).
+    """
+    passes = [
+        (plugins.plugin("pruners", p.use), plugins.options("pruners", p.use, p.values, f"{recipe.name}: prune.{i}"))
+        for i, p in enumerate(recipe.prune)
+    ]
+
+    def make(out: Path) -> None:
+        directory = source.path / "model"
+        family = find_family(directory)
+        model = read_model(family, directory)
+        before, size_before = family.attentions(model), sizes(family, model)
+        calibration, _ = split(recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
+        kept = {b.name: list(range(b.heads)) for b in before}
+        scores: dict[str, list[float]] = {}
+        for module, options in passes:
+            log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
+            changes = module.prune(
+                family.attentions(model), lambda: family.predict(model, directory, calibration), options
+            )
+            for name, (score, heads) in changes.items():
+                scores.setdefault(name, score)
+                kept[name] = [kept[name][h] for h in heads]
+        family.save(model, out / "model", directory / "tokenizer.json")
+        size_after = sizes(family, model)
+        report = Pruning(
+            layers=tuple(layer(b, scores.get(b.name), kept[b.name]) for b in before),
+            parameters_before=size_before[0],
+            parameters_after=size_after[0],
+            macs_before=size_before[1],
+            macs_after=size_after[1],
+        )
+        (out / "pruning.json").write_text(report.model_dump_json(), encoding="utf-8")
+
+    return build(
+        "pruned",
+        runs,
+        parents=[source],
+        config={
+            "passes": [
+                {"use": p.use, **o.model_dump(mode="json")} for p, (_, o) in zip(recipe.prune, passes, strict=True)
+            ]
+        },
+        tools=("torch", "transformers"),
+        make=make,
+    )
+
+
+def layer(block: AttentionBlock, scores: list[float] | None, kept: list[int]) -> Layer:
+    """A row of the pruning report: one link a head, since a layer has one modality edge."""
+    return Layer(
+        name=block.name,
+        kind=block.kind,
+        queries=block.queries,
+        keys=block.keys,
+        links_before=block.heads,
+        links_after=len(kept),
+        heads_before=block.heads,
+        heads_after=len(kept),
+        keys_before=block.heads * block.head_dim,
+        keys_after=len(kept) * block.head_dim,
+        scores=None if scores is None else tuple(scores),
+        kept=tuple(kept),
+    )
