@@ -1,9 +1,9 @@
-# make setup | demo | test | check | bench | e2e-full
+# make setup | demo | test | check | bench
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test check bench e2e-full
+.PHONY: setup demo test check bench
 
 setup: .venv/.installed
 
@@ -26,6 +26,3 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
-
-e2e-full: setup
-	$(BIN)/pytest -m "slow or not slow" tests/e2e

@@ -21,12 +21,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from edgemm.errors import InputError
+from edgemm.errors import EdgemmError, InputError
 
 Kind = Literal["source", "pruned", "graph", "quantized", "engine", "verified", "bundle"]
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+ROOM = 1 << 20  # bytes; with less than this free, a failing writer failed for want of space
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+DISK_ERRORS = FULL | REFUSED | NO_PLACE
 
 
 class File(BaseModel):
@@ -80,23 +84,22 @@ def build(
     final = runs / f"{kind}-{key[:16]}"
     if (found := _read(final, key)) is not None:
         return found
-    with writing(runs):
-        shutil.rmtree(final, ignore_errors=True)
-        temporary = runs / f".tmp-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+    temporary = runs / f".tmp-{final.name}"
+    try:
+        with writing(runs):  # inside the try: a disk is full only until the half-made files are gone
+            shutil.rmtree(final, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
             make(temporary)
             files = {
                 p.relative_to(temporary).as_posix(): File(sha256=sha256_file(p), size_bytes=p.stat().st_size)
                 for p in sorted(temporary.rglob("*"))
                 if p.is_file()
             }
-            payload = {name: f.model_dump() for name, f in files.items()}
             manifest = Manifest(
                 kind=kind,
                 key=key,
-                digest=sha256_text(key + canonical(payload)),
+                digest=_digest(key, files),
                 parents=digests,
                 config=dict(config),
                 versions=versions,
@@ -107,44 +110,51 @@ def build(
                 _fsync(path)
             temporary.rename(final)
             _fsync(runs)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(final, manifest)
+
+
+def _digest(key: str, files: Mapping[str, File]) -> str:
+    return sha256_text(key + canonical({name: f.model_dump() for name, f in files.items()}))
 
 
 def _read(path: Path, key: str) -> Artifact | None:
     """A cached artifact, or None when it is absent, of other inputs, or not what its manifest says."""
     try:
         manifest = Manifest.model_validate_json((path / "manifest.json").read_bytes())
-        whole = manifest.key == key and all(sha256_file(path / n) == f.sha256 for n, f in manifest.files.items())
-    except (OSError, ValidationError):
+        whole = (manifest.key, manifest.digest) == (key, _digest(key, manifest.files)) and all(
+            sha256_file(path / n) == f.sha256 for n, f in manifest.files.items()
+        )
+    except (OSError, ValueError):
         return None
     return Artifact(path, manifest) if whole else None
 
 
-@contextmanager
-def writing(where: Path) -> Iterator[None]:
+class writing:  # in lower case as contextlib's: `with writing(path):`
     """Turn a full disk or a place that can't be written, however a library words it, into an InputError."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in DISK_ERRORS:
-            raise
-        raise InputError(
-            f"cannot write {e.filename or where}: {e.strerror}", fix="free some space or choose another -o directory"
-        ) from e
-    except RuntimeError as e:
-        if _free_bytes(where) > 1 << 20:
-            raise
-        raise InputError(
-            f"no space left on the disk of {where}", fix="free some space or choose another -o directory"
-        ) from e
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            what = f"cannot write {error.filename or self.where}: {error.strerror}"
+        elif isinstance(error, Exception) and not isinstance(error, EdgemmError) and _is_full(self.where, error):
+            what = f"no space left on the disk of {self.where}"
+        else:
+            return
+        raise InputError(what, fix="free some space or choose another -o directory") from error
 
 
-def _free_bytes(where: Path) -> int:
+def _is_full(where: Path, error: Exception) -> bool:
+    """Some libraries (safetensors) name the want of space and give it back; others (OpenVINO) do neither."""
     while not where.exists():
         where = where.parent
-    return shutil.disk_usage(where).free
+    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(where).free < ROOM
 
 
 @contextmanager

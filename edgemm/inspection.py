@@ -52,7 +52,7 @@ def evaluate(model: str, data: str) -> dict[str, dict[str, float]]:
     if is_bundle(model):
         bundle = read_bundle(Path(model))
         program = bundle.manifest["program"]
-        outputs = Session(bundle.files, program).logits([Query(s.image, s.text) for s in samples])
+        outputs = Session(bundle.files, program, model).logits([Query(s.image, s.text) for s in samples])
         labels = program["output"]["labels"]
     else:
         from edgemm.models import find_family, read_model, resolve

@@ -49,6 +49,8 @@ def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: boo
     `verdict.raise_verdict` turns them into an exit code.
     """
     check_plugins(recipe)
+    for target in targets:
+        plugins.plugin("backends", target.backend)
     runs = out / ".runs"
     with locked(runs):
         if fresh:

@@ -64,6 +64,7 @@ class Train(Strict):
     learning_rate: float = Field(4e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     perception_weight: float = Field(0.3, ge=0)
+    stop_accuracy: float = Field(1.0, gt=0, le=1, description="end stage 2 when the held-back images reach it")
     bf16: bool = True
     model: dict[str, Any] = {}
 
@@ -111,14 +112,21 @@ def read_yaml(folder: str, name: str) -> tuple[dict[str, Any], str]:
             f"no {folder[:-1]} named {name!r}", fix=f"use one of {', '.join(shipped)}, or the path of a .yaml file"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read {folder[:-1]} {path}: {e}", fix="give the path of a readable YAML file") from e
-    except yaml.YAMLError as e:
-        raise InputError(f"{path} is not YAML: {e}", fix="correct the file") from e
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {type(values).__name__}, not keys and values", fix="write `key: value` lines")
     return {"name": path.stem, **values}, str(path)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; InputError naming `where` when it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as e:  # all of them PyYAML's
+        raise InputError(f"{where} is not YAML: {e}", fix="correct it, or quote the value") from e
 
 
 def shipped_files(folder: str) -> dict[str, Path]:

@@ -11,13 +11,18 @@ from edgemm.target import Target
 TOOLS = ("openvino",)
 
 
-def compile_component(onnx_file: Path, out: Path) -> None:
-    """Convert one component to `out`/<name>.xml and .bin, weights at the precision that the graph has."""
+def compile_component(onnx_file: Path, out: Path, shapes: dict[str, list[int]]) -> None:
+    """Convert one component to `out`/<name>.xml and .bin, weights at the precision that the graph has.
+
+    shapes   fixed shape of each input by name; empty keeps them as exported
+    """
     try:
         import openvino as ov
     except ImportError as e:
         raise ToolchainError("OpenVINO is not installed", fix="pip install 'edgemm[openvino]'") from e
-    model = ov.convert_model(str(onnx_file))
+    model = ov.Core().read_model(str(onnx_file))  # not convert_model, which sends telemetry
+    if shapes:
+        model.reshape(shapes)
     ov.save_model(model, str(out / f"{onnx_file.stem}.xml"), compress_to_fp16=False)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import typer
 
 from edgemm import console
-from edgemm.errors import EdgemmError
+from edgemm.errors import EdgemmError, ToolchainError
 from edgemm.plugins import names
 
 INTERRUPTED = 130
-GROUPS = ("recipes", "targets")
+TOOLCHAIN = {"easy_vqa", "jinja2", "matplotlib", "nncf", "onnx", "onnxruntime", "safetensors", "torch", "transformers"}
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    app.callback()(_version)
+    app.callback()(_global_options)
     for name in names("cli"):
         module = importlib.import_module(f"edgemm.cli.{name}")
         if hasattr(module, "app"):
@@ -42,14 +42,18 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _version(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from edgemm import __version__
 
         console.result(__version__)
         raise typer.Exit
+
+
+def _global_options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", callback=_print_version),
+) -> None:
+    del version
 
 
 def _guard_group(module: ModuleType) -> None:
@@ -67,6 +71,12 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
         except EdgemmError as e:
             console.error(str(e))
             raise typer.Exit(e.exit_code) from e
+        except ModuleNotFoundError as e:
+            package = (e.name or "").partition(".")[0]
+            if package not in TOOLCHAIN:
+                raise
+            console.error(str(ToolchainError(f"{package} is not installed", fix="pip install 'edgemm[compress]'")))
+            raise typer.Exit(ToolchainError.exit_code) from e
         except KeyboardInterrupt as e:
             console.error("interrupted; what was finished is kept, and the same command goes on from there")
             raise typer.Exit(INTERRUPTED) from e
@@ -76,9 +86,8 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def assignments(values: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`--set PATH=VALUE` (values read as YAML) -> overrides of the recipe, overrides of the target."""
-    import yaml
-
     from edgemm.errors import InputError
+    from edgemm.recipe import parse_yaml
 
     recipe: dict[str, Any] = {}
     target: dict[str, Any] = {}
@@ -86,10 +95,7 @@ def assignments(values: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         path, equals, value = text.partition("=")
         if not equals or not path:
             raise InputError(f"--set {text!r} is not PATH=VALUE", fix="for example --set prune.0.keep=0.5")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as e:
-            raise InputError(f"--set {text!r}: the value is not YAML", fix="quote it") from e
+        parsed = parse_yaml(value, f"--set {text!r}")
         if path.startswith("target."):
             target[path.removeprefix("target.")] = parsed
         else:

@@ -10,7 +10,9 @@ import yaml
 from pydantic import BaseModel
 
 from edgemm import console
+from edgemm.plugins import plugin
 from edgemm.recipe import Recipe, check_plugins, shipped_files
+from edgemm.target import Target
 
 
 def group(folder: str, load: Callable[[str], BaseModel]) -> typer.Typer:
@@ -35,6 +37,8 @@ def group(folder: str, load: Callable[[str], BaseModel]) -> typer.Typer:
         loaded = load(file)
         if isinstance(loaded, Recipe):
             check_plugins(loaded)
+        if isinstance(loaded, Target):
+            plugin("backends", loaded.backend)
         console.result(f"{file}: valid")
 
     return app

@@ -33,5 +33,7 @@ def command(
     chosen = load_recipe(recipe, overrides)
 
     from edgemm.pipeline import train
+    from edgemm.reasoner.train import keep_freed_memory
 
+    keep_freed_memory()
     console.result(str(train(chosen, out)))

@@ -1,10 +1,10 @@
 """Model families, one a file, found by a checkpoint's `model_type`. What each file provides:
 
 load(directory) -> nn.Module          from config.json + model.safetensors, in FP32, eval mode
-save(model, directory)                the same two files and what `program` needs; shapes may be pruned
+save(model, directory, tokenizer)     the same two files and tokenizer.json; shapes may be pruned
 components(model) -> [Component]      graphs to export, in the order they run
 attentions(model) -> [AttentionBlock] what head pruning may shrink
-program(model, directory) -> dict     pre- and post-processing as data, see edgemm/runtime/program.py
+program(model) -> dict                pre- and post-processing as data, see edgemm/runtime/program.py
 predict(model, directory, samples)    FP32 outputs of the whole model, one row a sample
 """
 
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgemm import plugins
 from edgemm.errors import InputError
+from edgemm.runtime.preprocess import read_tokenizer
 
 EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -112,7 +113,7 @@ def find_family(directory: Path) -> ModuleType:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{directory}: no config.json with a model_type", fix="give a model directory") from e
     if model_type not in (known := plugins.names("models")):
         raise InputError(f"{directory}: model_type {model_type!r} is not known", fix=f"known: {', '.join(known)}")
@@ -126,6 +127,7 @@ def find_family(directory: Path) -> ModuleType:
         raise InputError(f"{directory}: no weights (model.safetensors)", fix="put model.safetensors beside config.json")
     if not (directory / "tokenizer.json").is_file():
         raise InputError(f"{directory}: no tokenizer.json", fix="save the tokenizer beside config.json")
+    read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
     return plugins.plugin("models", model_type)
 
 
@@ -133,7 +135,7 @@ def read_model(family: ModuleType, directory: Path) -> Any:
     """`family.load` with its failures named."""
     try:
         return family.load(directory)
-    except (SafetensorError, RuntimeError, TypeError, ValueError) as e:
+    except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
         raise InputError(f"{directory}: weights and config don't fit: {e}", fix="save both again together") from e
 
 

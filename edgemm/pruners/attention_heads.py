@@ -26,7 +26,7 @@ class Options(Strict):
 
     keep: float = Field(gt=0, le=1)
     score: Literal["attention", "magnitude"] = "magnitude"
-    layers: tuple[str, ...] = ("*",)
+    layers: tuple[str, ...] = Field(("*",), min_length=1)
 
 
 def prune(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -41,12 +43,13 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
         advanced.activations_range_estimator_params = RangeEstimatorParametersSet.HISTOGRAM
     present = {node.op_type for node in model.graph.node}
     ignored = [t for t in ("Gather", *options.keep_float) if t in present]
-    return nncf.quantize(
-        model,
-        nncf.Dataset(list(samples)),
-        preset=nncf.QuantizationPreset(options.preset),
-        subset_size=len(samples),
-        model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(types=ignored) if ignored else None,
-        advanced_parameters=advanced,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars; our stdout carries the result alone
+        return nncf.quantize(
+            model,
+            nncf.Dataset(list(samples)),
+            preset=nncf.QuantizationPreset(options.preset),
+            subset_size=len(samples),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(types=ignored) if ignored else None,
+            advanced_parameters=advanced,
+        )

@@ -36,7 +36,7 @@ class ReasonerConfig:
     heads: int = 12
     text_layers: int = 2
     fusion_layers: int = 4
-    ffn_ratio: int = 4
+    ffn_ratio: int = 2
     drop_head: float = 0.1
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +91,11 @@ class FusionLayer(nn.Module):
         self.self_norm, self.cross_norm, self.ffn_norm = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.self_attention = Attention(d, config.heads, config.drop_head)
         self.cross_attention = Attention(d, config.heads, config.drop_head)
+        # Queries and keys start alike and strong: the encoders' spaces are aligned first (train.py, stage
+        # 1), so that a word looks at what resembles it from the first step on.
+        nn.init.xavier_uniform_(self.cross_attention.q_proj.weight, gain=1.5)
+        nn.init.zeros_(self.cross_attention.q_proj.bias)
+        self.cross_attention.k_proj.load_state_dict(self.cross_attention.q_proj.state_dict())
         self.fc1, self.fc2 = nn.Linear(d, config.ffn_ratio * d), nn.Linear(config.ffn_ratio * d, d)
 
     def forward(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
@@ -146,6 +151,8 @@ class TextEncoder(nn.Module):
                 num_attention_heads=config.heads,
                 intermediate_size=config.ffn_ratio * config.width,
                 max_position_embeddings=config.max_tokens,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
                 pad_token_id=0,
             ),
             add_pooling_layer=False,

@@ -18,7 +18,7 @@ class Accuracy(Strict):
     """One metric, paired by sample against the FP32 model that the user brought.
 
     n, clusters      samples, and groups of samples that share media
-    n_required       samples that the claim needs (80 % power at the flips seen); see stages/verify.py
+    n_required       samples that the claim needs, at most n once the bound is under the margin; see edgemm/verdict.py
     drop             fp32 - compressed; `drop_ci95_upper` its one-sided 95 % upper bound
     flips            share of samples whose answer changed
     sqnr_db          of the model's raw outputs against FP32

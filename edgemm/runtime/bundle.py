@@ -2,34 +2,57 @@
 
 A bundle is a zip archive of stored (uncompressed) members in this order: manifest.json, then the
 payload by name, with fixed times. Its archive comment is `edgemm-bundle sha256=` and the SHA-256, in
-hex, of every byte of the file before those 64 digits.
+hex, of every byte of the file before those 64 digits. Members decide every other byte, so that a reader
+need not understand what zip allows beyond this: a file of another layout (links, zip64, gaps) is refused.
 
-manifest.json: schema (1), model, target, program (see session.py), certificate (verdict and accuracy),
+manifest.json: schema (1), model, target, program (see program.py), certificate (verdict and accuracy),
 provenance (digest of the engine, recipe, seed, versions), files (name -> sha256, size_bytes).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from edgemm.artifact import canonical
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgemm.artifact import File, canonical
 from edgemm.errors import InputError
 
 SCHEMA = 1
 COMMENT = b"edgemm-bundle sha256="
 HEX_DIGITS = 64
-EPOCH = (1980, 1, 1, 0, 0, 0)
 MEMBER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 MAX_MEMBERS = 256
+MAX_BYTES = (1 << 32) - 1  # what a zip holds without zip64
+# APPNOTE.TXT 4.3.7, 4.3.12, 4.3.16. A local header and a central one share the fields from FIELDS.
+LOCAL, CENTRAL, END = b"PK\3\4", b"PK\1\2\x14\3", b"PK\5\6"  # central: made by zip 2.0 on Unix
+FIELDS = struct.Struct("<HHHHHIIIHH")  # version 2.0, flags, stored, 00:00:00, 1980-01-01, CRC, sizes, name, extra
+PLACE = struct.Struct("<HHHII")  # comment, disk, internal attributes, external attributes, offset
+TAIL = struct.Struct("<HHHHIIH")  # disks, members here and in all, bytes and offset of the directory, comment
+PERMISSIONS = 0o644 << 16  # rw-r--r--
 DAMAGED = "copy the bundle again from where it was made, or run edgemm compress again"
+FOREIGN = "do not use this bundle: edgemm does not write such a file"
+
+
+class Manifest(BaseModel):
+    """manifest.json of a bundle."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_: Literal[1] = Field(alias="schema")
+    model: str
+    target: str
+    program: dict[str, Any]
+    certificate: dict[str, Any]
+    provenance: dict[str, Any]
+    files: dict[str, File]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +71,28 @@ def write_bundle(manifest: dict[str, Any], files: Mapping[str, bytes]) -> bytes:
     return write_archive([("manifest.json", head), *sorted(files.items())])
 
 
-def write_archive(members: list[tuple[str, bytes]]) -> bytes:
+def write_archive(members: Iterable[tuple[str, bytes]]) -> bytes:
     """A zip of stored members in the given order, sealed by its comment."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members:
-            info = zipfile.ZipInfo(name, EPOCH)
-            info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, content)
-        archive.comment = COMMENT + b"0" * HEX_DIGITS
-    body = buffer.getvalue()[:-HEX_DIGITS]
+    body = b"".join(_layout(members))
     return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def _layout(members: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    """Every byte of an archive before its seal, in pieces."""
+    directory: list[bytes] = []
+    offset = 0
+    for name, content in members:
+        raw, size = name.encode(), len(content)
+        if offset + size > MAX_BYTES:
+            raise InputError(f"the bundle has over {MAX_BYTES} bytes at {name}", fix="prune and quantize more")
+        fields = FIELDS.pack(20, 0, 0, 0, 0x21, zlib.crc32(content), size, size, len(raw), 0)
+        yield LOCAL + fields + raw
+        yield content
+        directory.append(CENTRAL + fields + PLACE.pack(0, 0, 0, PERMISSIONS, offset) + raw)
+        offset += len(LOCAL) + FIELDS.size + len(raw) + size
+    yield from directory
+    count, size = len(directory), sum(map(len, directory))
+    yield END + TAIL.pack(0, 0, count, count, size, offset, len(COMMENT) + HEX_DIGITS) + COMMENT
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -72,50 +106,56 @@ def read_bundle(path: Path) -> Bundle:
         raise InputError(f"{path} is no edgemm bundle, or is cut short ({len(content)} bytes)", fix=DAMAGED)
     if hashlib.sha256(body).hexdigest().encode() != seal:
         raise InputError(f"{path} is damaged: its SHA-256 is not the one it ends with", fix=DAMAGED)
-    members = dict(_members(path, content))
-    manifest = _manifest(path, members.pop("manifest.json", b""))
-    listed = manifest["files"]
-    if members.keys() != listed.keys():
-        raise InputError(
-            f"{path}: files differ from the manifest: {sorted(members.keys() ^ listed.keys())}", fix=DAMAGED
-        )
+    members = _members(path, content)
+    manifest, listed = _manifest(path, members.pop("manifest.json", b""))
+    if differing := sorted(members.keys() ^ listed.keys()):
+        raise InputError(f"{path}: files differ from the manifest, first {differing[0][:80]!r}", fix=DAMAGED)
     for name, data in members.items():
-        if hashlib.sha256(data).hexdigest() != listed[name].get("sha256"):
+        if File(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)) != listed[name]:
             raise InputError(f"{path}: {name} is not the file that the manifest names", fix=DAMAGED)
     return Bundle(manifest, members, hashlib.sha256(content).hexdigest())
 
 
-def _members(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
-    seen: set[str] = set()
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            infos = archive.infolist()
-            if len(infos) > MAX_MEMBERS:
-                raise InputError(f"{path} holds {len(infos)} files", fix=f"a bundle has at most {MAX_MEMBERS}")
-            for info in infos:
-                if not MEMBER.fullmatch(info.filename) or info.filename in seen:
-                    raise InputError(f"{path} holds a file named {info.filename!r}", fix="do not use this bundle")
-                if info.compress_type != zipfile.ZIP_STORED or max(info.file_size, info.compress_size) > len(content):
-                    raise InputError(
-                        f"{path}: {info.filename} declares {info.file_size} bytes in a file of {len(content)}",
-                        fix="do not use this bundle",
-                    )
-                seen.add(info.filename)
-                yield info.filename, archive.read(info)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as e:
-        raise InputError(f"{path} is no readable zip: {e}", fix=DAMAGED) from e
+def _members(path: Path, content: bytes) -> dict[str, bytes]:
+    """Content of each member by name, of an archive that is to the byte what `write_archive` makes of them."""
+    members: dict[str, bytes] = {}
+    offset = 0
+    while content.startswith(LOCAL, offset):  # then the seal follows, longer than a header
+        *_, size, name_length, _ = FIELDS.unpack_from(content, offset + len(LOCAL))
+        begin = offset + len(LOCAL) + FIELDS.size
+        name = content[begin : begin + name_length].decode("ascii", "backslashreplace")
+        if not MEMBER.fullmatch(name) or name in members:
+            raise InputError(f"{path} holds a file named {name[:80]!r}", fix=FOREIGN)
+        if len(members) == MAX_MEMBERS:
+            raise InputError(f"{path} holds over {MAX_MEMBERS} files", fix=FOREIGN)
+        members[name] = content[begin + name_length : begin + name_length + size]
+        offset = begin + name_length + size
+    offset = 0
+    for piece in _layout(members.items()):
+        if not content.startswith(piece, offset):
+            raise InputError(f"{path} is not laid out as a bundle, from byte {offset} on", fix=FOREIGN)
+        offset += len(piece)
+    if offset != len(content) - HEX_DIGITS:
+        raise InputError(f"{path} has {len(content)} bytes, its members make {offset + HEX_DIGITS}", fix=FOREIGN)
+    return members
 
 
-def _manifest(path: Path, data: bytes) -> dict[str, Any]:
+def _manifest(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, File]]:
+    """manifest.json as it is, and its `files`."""
     try:
         manifest = json.loads(data)
         schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{path} has no readable manifest.json", fix=DAMAGED) from e
-    if schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
         raise InputError(
-            f"{path} has bundle schema {schema!r}; this edgemm reads {SCHEMA}", fix="pip install --upgrade edgemm"
+            f"{path} has bundle schema {repr(schema)[:80]}; this edgemm reads {SCHEMA}",
+            fix="pip install --upgrade edgemm" if newer else "run edgemm compress again",
         )
-    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("program"), dict):
-        raise InputError(f"{path}: manifest.json lacks files or program", fix=DAMAGED)
-    return dict(manifest)
+    try:
+        return manifest, Manifest.model_validate(manifest).files
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: manifest.json: {where[:80]!r}: {first['msg']}", fix=DAMAGED) from e

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from edgemm.errors import InputError
+from edgemm.plugins import validate
 from edgemm.runtime.bundle import read_bundle
-from edgemm.runtime.preprocess import image_to_pixels, text_to_ids
+from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_ids
+from edgemm.runtime.program import Program
 
 Tensors = Mapping[str, NDArray[Any]]
 MAX_BATCH = 16
@@ -47,17 +48,27 @@ class Session:
     """Runs a model from its files.
 
     files    name -> bytes: program.json's component files and the tokenizer
-    program  program.json: components in order, image, text, output, backend, settings
+    program  program.json; see program.py. Texts are padded where its shapes are fixed
+    where    what errors call the model
     """
 
-    def __init__(self, files: Mapping[str, bytes], program: dict[str, Any]) -> None:
-        self.program = program
-        engine = importlib.import_module(f"edgemm.runtime.{program['backend']}")
+    def __init__(self, files: Mapping[str, bytes], program: dict[str, Any], where: str) -> None:
+        self.program = validate(Program, program, f"{where}: program").model_dump()
+        engine = importlib.import_module(f"edgemm.runtime.{self.program['backend']}")
+        fixed = {
+            (port["name"], axis): size
+            for component in self.program["components"]
+            for port in component["inputs"]
+            for axis, size in enumerate(port["shape"])
+            if isinstance(size, int)
+        }
+        self.batch = fixed.get((self.program["image"]["tensor"], 0), MAX_BATCH)
+        self.tokens = fixed.get((self.program["text"]["ids"], 1), 0)
+        self.tokenizer = read_tokenizer(files[self.program["text"]["tokenizer"]], "tokenizer.json")
         self.components = [
-            (component, engine.compile_component(files, component, program["settings"]))
-            for component in program["components"]
+            (component, engine.compile_component(files, component, self.program["settings"]))
+            for component in self.program["components"]
         ]
-        self.tokenizer = Tokenizer.from_str(files[program["text"]["tokenizer"]].decode())
 
     def run(self, *, image: Path | str | bytes, text: str) -> Answer:
         """Answer one question about one image."""
@@ -88,8 +99,8 @@ class Session:
         name = self.program["output"]["tensor"]
         out: NDArray[np.float32] | None = None
         for indices in by_length.values():
-            for start in range(0, len(indices), MAX_BATCH):
-                part = indices[start : start + MAX_BATCH]
+            for start in range(0, len(indices), self.batch):
+                part = indices[start : start + self.batch]
                 rows = [{**encoded_images[queries[i].image], **encoded_texts[queries[i].text]} for i in part]
                 tensors = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
                 values = self.infer(tensors)[name]
@@ -107,7 +118,9 @@ class Session:
     def text_tensors(self, text: str) -> Tensors:
         spec = self.program["text"]
         ids = text_to_ids(text, spec, self.tokenizer)
-        return {spec["ids"]: ids, spec["mask"]: np.ones_like(ids)}
+        mask = np.ones_like(ids)
+        padding = ((0, 0), (0, max(0, self.tokens - ids.shape[1])))
+        return {spec["ids"]: np.pad(ids, padding, constant_values=spec["pad_id"]), spec["mask"]: np.pad(mask, padding)}
 
     def infer(self, tensors: Tensors) -> dict[str, NDArray[Any]]:
         """All tensors that can be computed from `tensors`, by running the components whose inputs are there."""
@@ -139,13 +152,13 @@ class Directory(Mapping[str, bytes]):
 def open_directory(path: Path, **changes: Any) -> Session:
     """A session over a directory that holds program.json and its files; `changes` replace fields of the program."""
     files = Directory(path)
-    return Session(files, {**json.loads(files["program.json"]), **changes})
+    return Session(files, {**json.loads(files["program.json"]), **changes}, str(path))
 
 
 def load_bundle(path: Path | str) -> Session:
     """Check a bundle, every byte of it, and compile it for this device."""
     bundle = read_bundle(Path(path))
-    return Session(bundle.files, bundle.manifest["program"])
+    return Session(bundle.files, bundle.manifest["program"], str(path))
 
 
 def zeros(program: dict[str, Any]) -> Tensors:

@@ -36,7 +36,9 @@ def load(recipe: Recipe, runs: Path) -> Artifact:
                 f"{recipe.data} has answers that the model does not know: {', '.join(unknown[:10])}",
                 fix=f"the model knows {', '.join(answers)}",
             )
-        shutil.copytree(directory, out / "model", ignore=lambda _d, names: [n for n in names if n not in FILES])
+        (out / "model").mkdir()
+        for name in FILES:
+            shutil.copyfile(directory / name, out / "model" / name)
         (out / "calibration.json").write_text(json.dumps([s.id for s in calibration]), encoding="utf-8")
         np.savez(
             out / "reference.npz",

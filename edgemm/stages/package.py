@@ -26,12 +26,13 @@ def package(
     model's outputs on the verification split, for `edgemm verify`), and manifest.json with the
     program, the parity certificate and provenance. Format: runtime/bundle.py.
     """
+    name = Path(recipe.model).name  # not the path: where the model lay is nobody's business on the device
     report = TargetReport.model_validate(verified.json("target.json"))
     certificate = {"verdict": report.verdict, "accuracy": [a.model_dump(mode="json") for a in report.accuracy]}
     provenance = {
         "engine": engine.digest,
         "source": source.digest,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": recipe.model_copy(update={"model": name}).model_dump(mode="json", by_alias=True),
         "target": target.model_dump(mode="json", by_alias=True),
         "versions": {**source.manifest.versions, **engine.manifest.versions},
     }
@@ -39,8 +40,8 @@ def package(
     def make(out: Path) -> None:
         log(f"package {recipe.model} for {target.name}")
         _, samples = split(recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
-        names = [n for n in engine.manifest.files if n != "program.json"]
-        files = {n: (engine.path / n).read_bytes() for n in names}
+        payload = [n for n in engine.manifest.files if n != "program.json"]
+        files = {n: (engine.path / n).read_bytes() for n in payload}
         golden = []
         session = open_directory(engine.path)
         for i, sample in enumerate(samples[:GOLDEN]):
@@ -51,7 +52,7 @@ def package(
         files["golden/expected.json"] = json.dumps(golden, indent=1).encode()
         files["check.npz"] = (source.path / "reference.npz").read_bytes()
         manifest = {
-            "model": recipe.model,
+            "model": name,
             "target": target.name,
             "program": engine.json("program.json"),
             "certificate": certificate,

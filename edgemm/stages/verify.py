@@ -107,9 +107,10 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
     Raises InputError when the samples here are not those that the FP32 outputs belong to.
     """
     content = read_bundle(bundle)
-    session = Session(content.files, content.manifest["program"])
+    session = Session(content.files, content.manifest["program"], str(bundle))
     provenance = content.manifest["provenance"]
-    recipe, target = Recipe.model_validate(provenance["recipe"]), Target.model_validate(provenance["target"])
+    recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{bundle}: provenance.recipe")
+    target = plugins.validate(Target, provenance.get("target"), f"{bundle}: provenance.target")
     golden = golden_gate(session, content.files)
     _, samples = split(data or recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
     reference = np.load(io.BytesIO(content.files["check.npz"]))

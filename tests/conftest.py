@@ -1,0 +1,100 @@
+"""What several suites need: a small model, the command line as a user runs it, the main job run once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NO_TIMED_GATE = ("--set", "target.budgets.min_speedup=null")  # the clock decides no test
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def edgemm() -> Run:
+    """Run `edgemm ARGS` in a process of its own; stdout and stderr as text."""
+
+    def run(*args: str | Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "edgemm", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reasoner of 0.1 M parameters with seeded random weights, in a directory that `compress` takes."""
+    import torch
+
+    from edgemm.data.easy_vqa import samples
+    from edgemm.models import reasoner
+    from edgemm.reasoner.model import Reasoner, ReasonerConfig
+    from edgemm.reasoner.train import build_tokenizer
+
+    train = samples("train")
+    answers = tuple(sorted({s.label for s in train}))
+    tokenizer = build_tokenizer(sorted({s.text for s in train}), answers)
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer.save(str(directory.parent / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = ReasonerConfig(
+        answers=answers,
+        vocab_size=tokenizer.get_vocab_size(),
+        image_channels=(16,),
+        image_depths=(1,),
+        width=32,
+        heads=4,
+        text_layers=1,
+        fusion_layers=2,
+    )
+    reasoner.save(Reasoner(config).eval(), directory, directory.parent / "tokenizer.json")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage at its smallest; random weights can't be held to a tight margin."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(
+        "schema: 1\n"
+        "calibration: 16\n"
+        "prune: [{use: attention_heads, keep: 0.5, score: attention}]\n"
+        "quantize: {use: nncf}\n"
+        "verify: {limit: 200, rounds: 4, resamples: 1000, metrics: [{use: accuracy, margin: 0.9}]}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OpenVINO without budgets."""
+    path = tmp_path_factory.mktemp("target") / "box.yaml"
+    path.write_text("schema: 1\nbackend: openvino\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def main_job(edgemm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory where `edgemm compress reasoner --target x86-openvino -o out` ran; it has out/."""
+    where = tmp_path_factory.mktemp("main_job")
+    arguments = ("compress", "reasoner", "--target", "x86-openvino", "-o", where / "out", "--json")
+    done = edgemm(*arguments, *NO_TIMED_GATE)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((where / "out" / "report.json").read_text())
+    return where
+
+
+@pytest.fixture(scope="session")
+def report(main_job: Path) -> dict[str, Any]:
+    return json.loads((main_job / "out" / "report.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def bundle(main_job: Path) -> Path:
+    return main_job / "out" / "x86-openvino" / "reasoner-x86-openvino.edgemm"
