@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,10 @@ def bundle(out: Path) -> Path:
 def stop_in(stage: str, arguments: list[str], out: Path, how: signal.Signals) -> tuple[int, str]:
     """Start a run and send `how` as soon as it says that it is in `stage` -> (exit code, stderr)."""
     command = [sys.executable, "-m", "edgemm", *arguments, "-o", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    # A background job ignores Ctrl-C and so would its children: give it back.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, preexec_fn=listen, **pipes) as process:
         seen = ""
         for line in process.stderr:
             seen += line
