@@ -33,8 +33,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from edgemm.data.easy_vqa import samples
     from edgemm.models import reasoner
+    from edgemm.reasoner.corpus import build_tokenizer
     from edgemm.reasoner.model import Reasoner, ReasonerConfig
-    from edgemm.reasoner.train import build_tokenizer
 
     train = samples("train")
     answers = tuple(sorted({s.label for s in train}))

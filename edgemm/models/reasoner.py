@@ -19,10 +19,10 @@ from transformers.models.bert.modeling_bert import BertAttention, BertSelfAttent
 from edgemm.data import Sample
 from edgemm.models import AttentionBlock, Component
 from edgemm.models import Tensor as Spec
+from edgemm.reasoner.corpus import MEAN, STD
 from edgemm.reasoner.model import Attention, Reasoner, ReasonerConfig
 from edgemm.runtime.preprocess import image_to_pixels
 
-MEAN = STD = (0.5, 0.5, 0.5)
 IMAGES_PER_BATCH = 16
 
 

@@ -22,8 +22,8 @@ from edgemm import plugins
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock, find_family, read_model, reasoner
 from edgemm.pruners.attention_heads import Options, attention, choose, magnitude, prune
+from edgemm.reasoner.corpus import build_tokenizer
 from edgemm.reasoner.model import Reasoner, ReasonerConfig
-from edgemm.reasoner.train import build_tokenizer
 
 QUESTIONS = ["is there a red shape?", "what color is the circle?"]
 ANSWERS = ("blue", "circle", "no", "red", "yes")

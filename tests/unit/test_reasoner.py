@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from edgemm.data import Sample, easy_vqa
 from edgemm.models import reasoner
 from edgemm.reasoner import train as training
+from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
 from edgemm.reasoner.model import Attention, FusionLayer, Reasoner, ReasonerConfig, additive_mask
-from edgemm.reasoner.train import UNKNOWN, Corpus, build_tokenizer, told, train
+from edgemm.reasoner.train import train
 from edgemm.recipe import Train
 from edgemm.runtime.preprocess import image_to_pixels
 
