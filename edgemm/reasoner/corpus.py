@@ -59,7 +59,10 @@ class Corpus:
         places = {a: [] if t is None else (questions == t).nonzero().tolist() for a, t in tokens.items()}
         concepts = tuple(a for a in answers if places[a])  # "yes" and "no" stand in no question
         if not concepts:
-            raise InputError("no question names an answer: stage 1 has nothing to learn", fix="perception_epochs: 0")
+            raise InputError(
+                "no question names an answer: stage 1 has nothing to learn",
+                fix="add questions that name what images hold",
+            )
 
         by_image: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
@@ -112,7 +115,7 @@ def told(question: str, answer: str, concepts: tuple[str, ...]) -> list[tuple[st
     if answer in ("yes", "no"):
         present = (answer == "yes") != bool(NEGATIONS & set(words))
         return [(w, present) for w in named]
-    return [(w, True) for w in [*named, answer]]
+    return [(w, True) for w in [*named, answer] if w in concepts]
 
 
 def build_tokenizer(texts: list[str], answers: tuple[str, ...]) -> Tokenizer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -100,8 +101,6 @@ def torch_call(source: Artifact, threads: int) -> Callable[[Tensors], Any]:
 
 
 def interleaved(calls: dict[str, Callable[[Tensors], Any]], inputs: list[Tensors]) -> dict[str, list[float]]:
-    import time
-
     times: dict[str, list[float]] = defaultdict(list)
     for call in calls.values():
         for i in range(WARM_UP):

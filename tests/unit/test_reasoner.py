@@ -430,3 +430,7 @@ def test_loss_falls(samples: list[Sample], tmp_path: Path) -> None:
         assert len(losses) == 40
         assert all(math.isfinite(loss) for loss in losses)
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_an_answer_that_no_question_names_is_no_concept() -> None:
+    assert told("what color is the circle?", "purple", ("circle", "red")) == [("circle", True)]
