@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgemm import artifact, plugins
-from edgemm.errors import ToolchainError
+from edgemm.errors import InputError, ToolchainError
+from edgemm.plugins import validate
+from edgemm.recipe import Recipe
 from edgemm.runtime.bundle import read_bundle
-from edgemm.runtime.session import Query, Session
+from edgemm.runtime.program import Program
+from edgemm.runtime.session import Session
 
 TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "numpy", "tokenizers", "easy-vqa")
+
+ANYWHERE: dict[str, Any] = {"backend": "onnxruntime", "settings": {"threads": 1}}
 
 
 def is_bundle(model: str) -> bool:
@@ -28,46 +33,59 @@ def inspect(model: str) -> dict[str, Any]:
         manifest = bundle.manifest
         listed = [{k: c[k] for k in ("name", "inputs", "outputs")} for c in manifest["program"]["components"]]
         return {"components": listed, "sha256": bundle.sha256, **{k: manifest[k] for k in ("certificate", "files")}}
-    from edgemm.models import find_family, read_model, resolve, sizes
+    from edgemm.models import find_family, is_torch, read_model, resolve, sizes, whole_program
 
-    directory = resolve(model)
-    family = find_family(directory)
-    module = read_model(family, directory)
-    parameters, macs = sizes(family, module)
+    with tempfile.TemporaryDirectory() as runs:
+        directory = resolve(model, runs=Path(runs))
+        family = find_family(directory)
+        module = read_model(family, directory)
+        parameters, macs = sizes(family, module) if is_torch(directory) else family.sizes(module)
+        program = whole_program(family, module, directory)
     fields = ("name", "kind", "queries", "keys", "heads", "head_dim")
     return {
-        "components": [
-            {"name": c.name, "inputs": [asdict(p) for p in c.inputs], "outputs": [asdict(p) for p in c.outputs]}
-            for c in family.components(module)
-        ],
+        "modalities": sorted(validate(Program, {**program, **ANYWHERE}, model).sources()),
+        "output": program["output"]["kind"],
+        "components": [{k: c[k] for k in ("name", "inputs", "outputs")} for c in program["components"]],
         "attention": [{f: getattr(b, f) for f in fields} for b in family.attentions(module)],
         "parameters": parameters,
         "macs": macs,
     }
 
 
-def evaluate(model: str, data: str) -> dict[str, dict[str, float]]:
-    """Accuracy on the test split -> {"all" and each kind of question: {"n": samples, "accuracy": share}}."""
-    samples = plugins.plugin("data", data).samples("test")
+def evaluate(model: str, data: str | None) -> dict[str, dict[str, float]]:
+    """The default metric on the verification split -> {"all" and each kind: {"n": samples, metric: value}}."""
     if is_bundle(model):
         bundle = read_bundle(Path(model))
         program = bundle.manifest["program"]
-        outputs = Session(bundle.files, program, model).logits([Query(s.image, s.text) for s in samples])
-        labels = program["output"]["labels"]
-    else:
-        from edgemm.models import find_family, read_model, resolve
+        session = Session(bundle.files, program, model)
+        return _evaluate(session, data or bundle.manifest["provenance"]["recipe"]["data"])
+    from edgemm.models import find_family, open_fp32, read_model, resolve
 
-        directory = resolve(model)
+    with tempfile.TemporaryDirectory() as runs:
+        directory = resolve(model, runs=Path(runs))
         family = find_family(directory)
-        module = read_model(family, directory)
-        outputs = family.predict(module, directory, samples)
-        labels = family.program(module)["output"]["labels"]
-    right = [labels[i] == s.label for i, s in zip(outputs.argmax(1).tolist(), samples, strict=True)]
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for sample, is_right in zip(samples, right, strict=True):
-        by_kind[sample.kind].append(is_right)
-    groups = {"all": right, **dict(sorted(by_kind.items()))}
-    return {name: {"n": len(values), "accuracy": float(np.mean(values))} for name, values in groups.items()}
+        return _evaluate(open_fp32(family, read_model(family, directory), directory), data)
+
+
+def _evaluate(session: Session, data: str | None) -> dict[str, dict[str, float]]:
+    from edgemm.data import split
+    from edgemm.parity import default_metric
+
+    _, samples = split(Recipe(name="evaluate", data=data), lambda: session.program)
+    outputs = session.outputs([s.query for s in samples])
+    targets = [s.label for s in samples]
+    audio = bool(session.program["audio"])
+    name = default_metric(session.output["kind"], has_targets=None not in targets, audio=audio)
+    metric = plugins.plugin("metrics", name)
+    if name in ("agreement", "cosine", "text_agreement_wer"):  # with itself
+        raise InputError(f"{data} has no right answers to judge by", fix="give data with a column label")
+    values = metric.values(outputs, outputs, targets)
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for sample, value in zip(samples, values.tolist(), strict=True):
+        by_kind[sample.kind].append(value)
+    groups = {"all": values.tolist(), **(dict(sorted(by_kind.items())) if len(by_kind) > 1 else {})}
+    error = getattr(metric, "ERROR", False)
+    return {k: {"n": len(v), name: float(1 - np.mean(v) if error else np.mean(v))} for k, v in groups.items()}
 
 
 def doctor() -> dict[str, dict[str, str]]:

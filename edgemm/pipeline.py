@@ -9,7 +9,9 @@ from pathlib import Path
 from edgemm import artifact, plugins
 from edgemm.artifact import Artifact, locked, write_atomic
 from edgemm.console import log
+from edgemm.data import check_data
 from edgemm.errors import InputError
+from edgemm.models import check_model
 from edgemm.recipe import Recipe, check_plugins
 from edgemm.report import html, junit, markdown
 from edgemm.report.schema import BundleFile, Pruning, Report, TargetReport
@@ -31,9 +33,10 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     pruned = prune(source, recipe, runs)  # smaller shapes, not masks
     graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
     quantized = quantize(graph, recipe, runs)  # Q/DQ, ranges from the train split
-    engine = compile_engine(quantized, target, runs)  # OpenVINO IR
-    baseline = compile_engine(export(source, recipe.export, runs), target, runs)  # FP32, same runtime
-    pruning = Pruning.model_validate(pruned.json("pruning.json"))
+    precision = recipe.precision or target.precision
+    engine = compile_engine(quantized, target, precision, runs)  # OpenVINO IR
+    baseline = compile_engine(export(source, recipe.export, runs), target, "f32", runs)  # FP32, same runtime
+    pruning = None if pruned is source else Pruning.model_validate(pruned.json("pruning.json"))
     verified = verify(engine, baseline, source, pruning, recipe, target, runs)
     report = TargetReport.model_validate(verified.json("target.json"))
     if report.verdict not in ("PASS", "UNVERIFIED"):
@@ -49,6 +52,8 @@ def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: boo
     `verdict.raise_verdict` turns them into an exit code.
     """
     check_plugins(recipe)
+    check_model(recipe.model)
+    check_data(recipe)
     for target in targets:
         plugins.plugin("backends", target.backend)
     runs = out / ".runs"
@@ -60,7 +65,7 @@ def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: boo
         rows = []
         for target in targets:
             row, bundle = compress_one(recipe, target, runs)
-            place = out / target.name / f"{Path(recipe.model).stem}-{target.name}.edgemm"
+            place = out / target.name / f"{file_stem(recipe.model)}-{target.name}.edgemm"
             if bundle is None:
                 place.unlink(missing_ok=True)
                 row = row.model_copy(update={"notes": (*row.notes, f"no bundle: the verdict is {row.verdict}")})
@@ -82,6 +87,12 @@ def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: boo
     return report
 
 
+def file_stem(model: str) -> str:
+    """What the bundle of MODEL is called: the last part of its path, or the factory's name."""
+    name = model.rstrip("/").rpartition("/")[2] or "model"
+    return name.removesuffix(".onnx").replace(":", ".")
+
+
 def write_report(report: Report, out: Path) -> None:
     """report.json, report.md, report.html and junit.xml in `out`."""
     log(f"report {out}/report.html")
@@ -101,8 +112,8 @@ def train(recipe: Recipe, out: Path) -> Path:
     if recipe.train is None:
         raise InputError(f"recipe {recipe.name} has no train section", fix="use recipes/reasoner-easy-vqa.yaml")
     with locked(out / ".runs"), artifact.writing(out):
-        samples = plugins.plugin("data", recipe.data).samples("train")
+        samples = plugins.plugin("data", recipe.data or "easy_vqa").samples("train")
         model, tokenizer = train_reasoner(samples, recipe.train, recipe.seed, out)
         (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        reasoner.save(model, out / "model", out / "tokenizer.json", half=True)
+        reasoner.save(model, out / "model", out, half=True)
     return out / "model"

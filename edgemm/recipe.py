@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,20 @@ class Use(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Quantize(Use):
+    """A quantizer, its options, and what differs for single components, by glob pattern over their names."""
+
+    components: dict[str, dict[str, Any]] = {}
+
+    def of(self, component: str) -> dict[str, Any]:
+        """The options of one component: later patterns win over earlier ones and over the general options."""
+        values = self.values
+        for pattern, changes in self.components.items():
+            if fnmatchcase(component, pattern):
+                values |= changes
+        return values
+
+
 class Export(Strict):
     """`opset` of ONNX; 18 to 20 is what every backend takes. `tolerance`: largest relative error to torch."""
 
@@ -44,9 +60,13 @@ class Limit(Strict):
 
 
 class Verify(Strict):
-    """How the proof is made. `resamples` of the bootstrap; `rounds` of ABBA blocks in the latency run."""
+    """How the proof is made. `resamples` of the bootstrap; `rounds` of ABBA blocks in the latency run.
 
-    metrics: tuple[Limit, ...] = (Limit(use="accuracy"),)
+    metrics  empty: what suits the model's output and the data, see stages/verify.py; `margin` is then theirs
+    """
+
+    metrics: tuple[Limit, ...] = ()
+    margin: float = Field(0.01, gt=0, lt=1)
     resamples: int = Field(10_000, ge=1_000)
     rounds: int = Field(24, ge=4)
     limit: int | None = Field(None, ge=1, description="use only the first N verification samples")
@@ -69,6 +89,9 @@ class Train(Strict):
     model: dict[str, Any] = {}
 
 
+InputKind = Literal["image", "audio", "tokens", "mask", "tensor"]
+
+
 class Recipe(Strict):
     """Everything that decides what is made, except the target."""
 
@@ -76,12 +99,15 @@ class Recipe(Strict):
     name: str
     description: str = ""
     model: str = "reasoner"
-    data: str = "easy_vqa"
+    data: str | None = None
+    data_tolerance: float = Field(0.0, ge=0, lt=1, description="share of broken rows that is accepted")
     seed: int = Field(0, ge=0)
-    calibration: int = Field(300, ge=1, description="samples of the train split for scores and ranges")
+    calibration: int = Field(300, ge=1, description="at most so many samples of the train split for scores and ranges")
+    inputs: dict[str, InputKind] = Field({}, description="kind of an ONNX input, by name, where it can't be read off")
+    precision: Literal["f32", "bf16", "f16"] | None = Field(None, description="of the float parts; null: the target's")
     prune: tuple[Use, ...] = ()
     export: Export = Export()
-    quantize: Use | None = None
+    quantize: Quantize | None = None
     verify: Verify = Verify()
     train: Train | None = None
 
@@ -92,15 +118,27 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     return validate(Recipe, override(values, overrides or {}, where), where)
 
 
+def default_recipe(model: str | None) -> str:
+    """The shipped recipe of MODEL: its family's where there is one, else `default`."""
+    if model is None:
+        return "reasoner"
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        name = str(config["model_type"]).replace("-", "_")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        name = model
+    return name if name in shipped_files("recipes") else "default"
+
+
 def check_plugins(recipe: Recipe) -> None:
     """InputError unless every plug-in that the recipe names is there and takes the options given."""
-    plugin("data", recipe.data)
     for limit in recipe.verify.metrics:
         plugin("metrics", limit.use)
     for i, pass_ in enumerate(recipe.prune):
         options("pruners", pass_.use, pass_.values, f"{recipe.name}: prune.{i}")
     if recipe.quantize is not None:
-        options("quantizers", recipe.quantize.use, recipe.quantize.values, f"{recipe.name}: quantize")
+        for component in ("", *recipe.quantize.components):
+            options("quantizers", recipe.quantize.use, recipe.quantize.of(component), f"{recipe.name}: quantize")
 
 
 def read_yaml(folder: str, name: str) -> tuple[dict[str, Any], str]:

@@ -79,7 +79,7 @@ def compare(
     )
     lower, upper = min(low for low, _ in bounds), max(high for _, high in bounds)
     fewest = math.ceil(RULE_OF_THREE / margin * n / clusters)
-    n_required = required_samples(float(np.mean(difference != 0)), margin, effect, typical)
+    n_required = required_samples(float(np.mean(difference**2)), margin, effect, typical)
     if upper < margin:
         n_required = min(n_required, n)
     n_required = max(n_required, fewest)
@@ -103,7 +103,7 @@ def _judge(n: int, n_required: int, lower: float, upper: float, margin: float) -
 
 
 def required_samples(flip_rate: float, margin: float, design_effect: float = 1.0, cluster_size: float = 1.0) -> int:
-    """Samples for 80 % power at no true drop when `flip_rate` of the paired values differ."""
+    """Samples for 80 % power at no true drop; `flip_rate` is the mean square of the paired differences."""
     return math.ceil((Z95 + Z80) ** 2 * flip_rate / margin**2 * design_effect + FEW_FLIPS / margin * cluster_size)
 
 
@@ -181,4 +181,5 @@ def raise_verdict(targets: Iterable[TargetReport]) -> None:
         ("INCONCLUSIVE", InconclusiveError, "give more verification samples, or measure on a quiet machine"),
     ):
         if missed := [f"{name}: {g.name}: {g.detail}, limit {g.limit:g}" for name, g in gates if g.verdict == verdict]:
-            raise error(f"{verdict}: " + "; ".join(missed), fix=fix)
+            unmeasured = any(g.value is None for _, g in gates if g.verdict == verdict)
+            raise error(f"{verdict}: " + "; ".join(missed), fix="--data with real samples" if unmeasured else fix)

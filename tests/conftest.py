@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_layers=1,
         fusion_layers=2,
     )
-    reasoner.save(Reasoner(config).eval(), directory, directory.parent / "tokenizer.json")
+    reasoner.save(Reasoner(config).eval(), directory, directory.parent)
     return directory
 
 
@@ -62,6 +62,7 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(
         "schema: 1\n"
+        "data: easy_vqa\n"
         "calibration: 16\n"
         "prune: [{use: attention_heads, keep: 0.5, score: attention}]\n"
         "quantize: {use: nncf}\n"

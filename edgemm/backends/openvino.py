@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from edgemm.errors import ToolchainError
-from edgemm.target import Target
 
 TOOLS = ("openvino",)
 
 
-def compile_component(onnx_file: Path, out: Path, shapes: dict[str, list[int]]) -> None:
+def compile_component(onnx_file: Path, out: Path, shapes: dict[str, list[int | str]]) -> None:
     """Convert one component to `out`/<name>.xml and .bin, weights at the precision that the graph has.
 
-    shapes   fixed shape of each input by name; empty keeps them as exported
+    shapes   shape of each input by name, with a name for an axis that stays dynamic; empty keeps all as exported
     """
     try:
         import openvino as ov
@@ -22,13 +20,8 @@ def compile_component(onnx_file: Path, out: Path, shapes: dict[str, list[int]]) 
         raise ToolchainError("OpenVINO is not installed", fix="pip install 'edgemm[openvino]'") from e
     model = ov.Core().read_model(str(onnx_file))  # not convert_model, which sends telemetry
     if shapes:
-        model.reshape(shapes)
+        model.reshape({n: [-1 if isinstance(axis, str) else axis for axis in shape] for n, shape in shapes.items()})
     ov.save_model(model, str(out / f"{onnx_file.stem}.xml"), compress_to_fp16=False)
-
-
-def settings(target: Target) -> dict[str, Any]:
-    """What the runtime needs to know of the target; see runtime/openvino.py."""
-    return {"threads": target.threads, "precision": target.precision}
 
 
 def doctor() -> str:

@@ -13,11 +13,24 @@ from edgemm.cli import assignments
 
 def command(
     model: Annotated[
-        Optional[str], typer.Argument(help="reasoner, or a model directory. Default: the recipe's.")
+        Optional[str],
+        typer.Argument(
+            help="reasoner, a model directory, an .onnx file or a directory of them, or package.module:factory. "
+            "Default: the recipe's."
+        ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe by name or file.")] = "reasoner",
+    recipe: Annotated[
+        Optional[str], typer.Option(help="Recipe by name or file. Default: the model family's, or `default`.")
+    ] = None,
     target: Annotated[list[str], typer.Option(help="Target by name or file; may be repeated.")] = ["x86-openvino"],  # noqa: B006
-    data: Annotated[Optional[str], typer.Option(help="Data set by name. Default: the recipe's.")] = None,
+    data: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME|FILE|random:N",
+            help="Data set by name, a JSON Lines, CSV, Parquet or .tar file, or noise for latency alone. "
+            "Default: the recipe's.",
+        ),
+    ] = None,
     set_: Annotated[
         list[str],
         typer.Option(
@@ -33,13 +46,13 @@ def command(
 
     Exit codes: 0 all targets pass, 2 bad input, 3 a toolchain is absent, 4 FAIL, 5 INCONCLUSIVE.
     """
-    from edgemm.recipe import load_recipe
+    from edgemm.recipe import default_recipe, load_recipe
     from edgemm.target import load_target
 
     of_recipe, of_target = assignments(set_)
     given = {"model": model, "data": data, "seed": seed}
     of_recipe |= {k: v for k, v in given.items() if v is not None}
-    chosen = load_recipe(recipe, of_recipe)
+    chosen = load_recipe(recipe or default_recipe(model), of_recipe)
     targets = [load_target(t, of_target) for t in target]
 
     from edgemm.pipeline import compress

@@ -10,10 +10,13 @@ from edgemm import console
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="reasoner, a model directory, or an .edgemm file.")],
+    model: Annotated[str, typer.Argument(help="What compress takes, or an .edgemm file.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Components with inputs and outputs; attention layers of a model; certificate of a bundle."""
+    """Components with inputs and outputs; parameters, MACs and attention layers of a model; a bundle's certificate.
+
+    The kind of an attention layer is self, cross or merged; queries -> keys are the modalities that it links.
+    """
     from edgemm.inspection import inspect
 
     found = inspect(model)
@@ -26,11 +29,12 @@ def command(
 
     components = ((c["name"], ports(c["inputs"]), ports(c["outputs"])) for c in found["components"])
     console.table(model, ("component", "inputs", "outputs"), components)
+    if modalities := found.get("modalities"):
+        macs = "MACs not counted" if found["macs"] is None else f"{found['macs']:,} MACs"
+        console.result(f"{' + '.join(modalities)} to {found['output']}: {found['parameters']:,} parameters, {macs}")
     if layers := found.get("attention"):
         columns = ("attention", "kind", "queries", "keys", "heads", "width of a head")
-        console.table(
-            f"{found['parameters']:,} parameters, {found['macs']:,} MACs", columns, ([*row.values()] for row in layers)
-        )
+        console.table("attention", columns, ([*row.values()] for row in layers))
     if certificate := found.get("certificate"):
         rows = ((a["metric"], a["fp32"], a["compressed"], a["drop_ci95_upper"]) for a in certificate["accuracy"])
         console.table(certificate["verdict"], ("metric", "FP32", "compressed", "bound on the drop"), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,18 +12,24 @@ from edgemm import console
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="An .edgemm file.")],
-    image: Annotated[Path, typer.Option(help="Image file.")],
-    text: Annotated[str, typer.Option(help="Question about the image.")],
-    json: Annotated[bool, typer.Option("--json", help="Print answer and probability as JSON.")] = False,
+    image: Annotated[Optional[Path], typer.Option(help="Image file.")] = None,
+    text: Annotated[Optional[str], typer.Option(help="Question, caption, or the words of a document.")] = None,
+    audio: Annotated[Optional[Path], typer.Option(help="Audio file.")] = None,
+    boxes: Annotated[
+        Optional[str], typer.Option(help="For documents: a JSON list with [x0,y0,x1,y1] in 0..1000 for each word.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the answer and what is behind it as JSON.")] = False,
 ) -> None:
-    """Answer one question about one image from a bundle; needs no torch.
+    """Answer one input from a bundle, of whichever modalities its model takes; needs no torch.
 
     Every byte of the bundle is checked before anything in it is loaded.
     """
+    from edgemm.runtime.preprocess import read_boxes
     from edgemm.runtime.session import load_bundle
 
-    answer = load_bundle(bundle).run(image=image, text=text)
+    session = load_bundle(bundle)
+    answer = session.run(image=image, text=text, audio=audio, boxes=None if boxes is None else read_boxes(boxes))
     if json:
-        console.result_json({"answer": answer.answer, "probability": round(answer.probability, 6)})
+        console.result_json(answer.as_json(session.output["kind"]))
     else:
-        console.result(answer.answer)
+        console.result(answer.answer if answer.answer is not None else answer.summary())

@@ -1,7 +1,17 @@
-"""Metrics, one a file. Each has UNIT and
+"""Metrics, one a file. Each has UNIT, OUTPUTS (the kinds of program.json's `output` that it can judge) and
 
-    values(outputs, reference, labels) -> float64[n]   one value a sample, higher is better
+    values(outputs, reference, targets) -> float64[n]   one value a sample, higher is better
 
-outputs, reference   float32[n,A]: of the model judged, and of the FP32 model that the user brought
-labels               int64[n]: index of the right answer
+outputs, reference  Outputs of the model judged, and of the FP32 model that the user brought: see below
+targets             [n] what is right: str, or None where the data does not say
+
+A metric may have, too:
+    ERROR = True      reports 1 - mean: an error rate such as WER, whose `values` are 1 - errors of the sample
+    NEEDS_TARGETS = False    can do without: judges agreement with FP32, or pairs that belong together
+
+Outputs is a dict by output kind:
+    labels      {"logits": float32[n,A], "labels": str[A]}
+    embeddings  {"image": float32[n,D], "text": float32[n,D]} (or audio); row i of both is a pair that belongs together
+    generation, transcript  {"text": str[n]}
+    features    {tensor name: float32[n, ...]}, shorter ones padded with zeros
 """

@@ -1,16 +1,16 @@
-"""Share of right answers."""
+"""Share of right labels."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
+
+from edgemm.metrics._answers import Outputs, Targets, Values, answers, labels_required
 
 UNIT = "share"
+OUTPUTS = ("labels",)
 
 
-def values(outputs: NDArray[Any], reference: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
-    """1 where the best answer is the right one."""
-    del reference
-    return (outputs.argmax(1) == labels).astype(np.float64)
+def values(outputs: Outputs, reference: Outputs, targets: Targets) -> Values:
+    """1 where the best label is the target. InputError when a target is missing or none is a label."""
+    truth = labels_required(outputs, targets)
+    return np.array([a == t for a, t in zip(answers(outputs), truth, strict=True)], np.float64)

@@ -1,19 +1,21 @@
 """Model families, one a file, found by a checkpoint's `model_type`. What each file provides:
 
-load(directory) -> nn.Module          from config.json + model.safetensors, in FP32, eval mode
-save(model, directory, tokenizer)     the same two files and tokenizer.json; shapes may be pruned
-components(model) -> [Component]      graphs to export, in the order they run
-attentions(model) -> [AttentionBlock] what head pruning may shrink
-program(model) -> dict                pre- and post-processing as data, see edgemm/runtime/program.py
-predict(model, directory, samples)    FP32 outputs of the whole model, one row a sample
+load(directory) -> nn.Module            from config.json and the weights, in FP32, eval mode
+save(model, directory, source)          config, weights and the other files of `source`; shapes may be pruned
+components(model) -> [Component]        graphs to export, in the order they run
+attentions(model) -> [AttentionBlock]   every attention layer; head pruning shrinks those with q, k, v, o
+program(model, directory) -> dict       pre- and post-processing as data, see edgemm/runtime/program.py
+
+Families whose weights are a transformers checkpoint share _transformers.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, Literal
 
@@ -24,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgemm import plugins
 from edgemm.errors import InputError
-from edgemm.runtime.preprocess import read_tokenizer
+from edgemm.models._graph import caller
+from edgemm.runtime.session import Session
 
 EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Tensor:
     """A named input or output. `shape` holds sizes, and names for the dynamic axes."""
 
     name: str
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "int64", "int32", "bool"]
     shape: tuple[int | str, ...]
 
 
@@ -44,35 +46,58 @@ class Tensor:
 class Component:
     """One graph: a module whose keyword arguments are `inputs` and whose result is `outputs`.
 
+    module     a torch module that gives one tensor or a tuple; or the path of an ONNX file
     max_sizes  largest size of each dynamic axis
+    high       ids of an integer input are under this, by name of the input; masks need no entry: they are ones
+    min_sizes  smallest size of a dynamic axis, where it is over 1
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module | Path
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     max_sizes: dict[str, int]
+    high: dict[str, int] = field(default_factory=dict)
+    min_sizes: dict[str, int] = field(default_factory=dict)
 
-    def example(self, batch: int) -> dict[str, torch.Tensor]:
-        """Seeded inputs of `batch` rows, every other dynamic axis at its largest."""
+    def example(self, batch: int, *, small: bool = False) -> dict[str, torch.Tensor]:
+        """Seeded inputs of `batch` rows, every other dynamic axis at its largest, or `small`: at 5 or its smallest."""
         rng = torch.Generator().manual_seed(0)
 
+        def size(axis: int | str) -> int:
+            if axis == "batch" or isinstance(axis, int):
+                return batch if axis == "batch" else int(axis)
+            return min(self.max_sizes[axis], max(5, self.min_sizes.get(axis, 1))) if small else self.max_sizes[axis]
+
         def value(port: Tensor) -> torch.Tensor:
-            shape = [batch if n == "batch" else self.max_sizes[n] if isinstance(n, str) else n for n in port.shape]
-            if port.dtype == "int64":
-                return torch.ones(shape, dtype=torch.int64)
-            return torch.randn(shape, generator=rng)
+            shape = [size(axis) for axis in port.shape]
+            if port.dtype == "float32":
+                return torch.randn(shape, generator=rng)
+            high = self.high.get(port.name)
+            ids = torch.randint(0, high, shape, generator=rng) if high else torch.ones(shape, dtype=torch.int64)
+            return ids.to(getattr(torch, port.dtype))
 
         return {port.name: value(port) for port in self.inputs}
+
+    def spec(self) -> dict[str, Any]:
+        """Its entry in program.json."""
+        return {
+            "name": self.name,
+            "inputs": [asdict(p) for p in self.inputs],
+            "outputs": [asdict(p) for p in self.outputs],
+            "max_sizes": self.max_sizes,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlock:
     """Multi-head attention made of four Linear layers; head h owns rows h*d..(h+1)*d of q, k, v and columns of o.
 
-    name     dotted path in the model
-    queries  modality of the queries;  keys  modality of the keys and values
-    resize   tells the module its new number of heads
+    name        dotted path in the model
+    kind        self: one modality; cross: queries of one, keys of another; merged: one sequence of several
+    queries     modality of the queries;  keys  modality of the keys and values ("text+image" when merged)
+    q, k, v, o  None where they are not four layers of their own: such a layer is listed and not pruned
+    resize      tells the module its new number of heads
     """
 
     name: str
@@ -81,70 +106,161 @@ class AttentionBlock:
     keys: str
     heads: int
     head_dim: int
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-    resize: Callable[[int], None]
+    q: nn.Linear | None = None
+    k: nn.Linear | None = None
+    v: nn.Linear | None = None
+    o: nn.Linear | None = None
+    resize: Callable[[int], None] | None = None
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+        """q, k, v, o of a layer that can be pruned."""
+        assert self.q and self.k and self.v and self.o
+        return self.q, self.k, self.v, self.o
 
     def keep(self, heads: list[int]) -> None:
         """Shrink to `heads`, in place: q, k, v lose rows and o loses columns; nothing is masked."""
+        q, k, v, o = self.linears
+        assert self.resize
         rows = torch.cat([torch.arange(h * self.head_dim, (h + 1) * self.head_dim) for h in sorted(heads)])
-        for linear in (self.q, self.k, self.v):
+        for linear in (q, k, v):
             linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
             if linear.bias is not None:
                 linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
             linear.out_features = len(rows)
-        self.o.weight = nn.Parameter(self.o.weight.detach()[:, rows].clone())
-        self.o.in_features = len(rows)
+        o.weight = nn.Parameter(o.weight.detach()[:, rows].clone())
+        o.in_features = len(rows)
         self.resize(len(heads))
 
 
-def resolve(model: str) -> Path:
-    """The directory of MODEL: an embedded name or a path."""
-    directory = EMBEDDED.get(model, Path(model))
-    if not directory.is_dir():
-        raise InputError(f"no model {model!r}", fix=f"use {', '.join(EMBEDDED)} or the path of a model directory")
-    return directory
+def resolve(model: str, inputs: Mapping[str, str] | None = None, runs: Path | None = None) -> Path:
+    """The directory of MODEL: an embedded name, a model directory, ONNX graphs or package.module:factory.
+
+    inputs  kinds of an ONNX model's inputs, where they can't be read off
+    runs    where graphs from outside are brought into a directory of their own; see onnx.py
+    """
+    check_model(model)
+    path = EMBEDDED.get(model, Path(model))
+    if (path / "config.json").is_file():
+        return path
+    return plugins.plugin("models", "onnx").bring_in(model, inputs or {}, runs)
+
+
+def check_model(model: str) -> None:
+    """InputError unless MODEL is one of the things that `resolve` takes."""
+    path = EMBEDDED.get(model, Path(model))
+    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".onnx"):
+        return
+    if path.is_dir() and not any(path.glob("*.onnx")):
+        raise InputError(
+            f"{path}: no config.json with a model_type", fix="give a model directory, or one of .onnx files"
+        )
+    if not path.exists() and ":" not in model:
+        raise InputError(
+            f"no model {model!r}",
+            fix=f"use {', '.join(EMBEDDED)}, the path of a model directory or .onnx file, or package.module:factory",
+        )
+
+
+def model_files(directory: Path) -> list[str]:
+    """The files that make a model: JSON beside safetensors, or beside the pickles where there is no safetensors."""
+    names = sorted(p.name for p in directory.iterdir() if p.is_file())
+    weights = [n for n in names if n.endswith(".safetensors")] or [
+        n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")
+    ]
+    graphs = [n for n in names if n.endswith(".onnx")]
+    vocabularies = [n for n in names if n.endswith((".txt", ".model"))]
+    return [*(n for n in names if n.endswith(".json")), *vocabularies, *weights, *graphs]
+
+
+def tokenizer_of(family: ModuleType, directory: Path) -> bytes | None:
+    """tokenizer.json by which the runtime tokenizes as the model's own tokenizer does; None where there is none."""
+    path = directory / "tokenizer.json"
+    if family.__name__.rpartition(".")[2] in ("reasoner", "onnx"):
+        return path.read_bytes() if path.is_file() else None
+    from edgemm.models._processors import tokenizer_json
+
+    return None if (content := tokenizer_json(directory)) is None else content.encode()
 
 
 def find_family(directory: Path) -> ModuleType:
-    """The family module of a model directory, refused unless its weights are safetensors."""
+    """The family module of a model directory, by the model_type of its config.json."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{directory}: no config.json with a model_type", fix="give a model directory") from e
-    if model_type not in (known := plugins.names("models")):
-        raise InputError(f"{directory}: model_type {model_type!r} is not known", fix=f"known: {', '.join(known)}")
-    if not (directory / "model.safetensors").is_file():
+    if (name := str(model_type).replace("-", "_")) not in (known := plugins.names("models")):
+        raise InputError(
+            f"{directory}: model_type {model_type!r} is not known",
+            fix=f"known: {', '.join(known)}; any other model goes in as an .onnx file (edgemm compress model.onnx) "
+            "or as a Python factory (edgemm compress package.module:factory)",
+        )
+    if not any(n.endswith((".safetensors", ".onnx")) for n in model_files(directory)):
         pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
-        if pickles:
+        # transformers reads its own with weights_only=True, which runs nothing from them
+        if pickles and (name == "reasoner" or not pickles[0].startswith("pytorch_model")):
             raise InputError(
                 f"{directory}: {pickles[0]} is a pickle, which can run any code when it is read",
                 fix="save the weights as model.safetensors",
             )
-        raise InputError(f"{directory}: no weights (model.safetensors)", fix="put model.safetensors beside config.json")
-    if not (directory / "tokenizer.json").is_file():
-        raise InputError(f"{directory}: no tokenizer.json", fix="save the tokenizer beside config.json")
-    read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
-    return plugins.plugin("models", model_type)
+        if not pickles:
+            raise InputError(
+                f"{directory}: no weights (model.safetensors)", fix="put model.safetensors beside config.json"
+            )
+    return plugins.plugin("models", name)
+
+
+def is_torch(directory: Path) -> bool:
+    """Whether the model's components are torch modules, and not graphs from outside."""
+    return not any(name.endswith(".onnx") for name in model_files(directory))
 
 
 def read_model(family: ModuleType, directory: Path) -> Any:
-    """`family.load` with its failures named."""
+    """`family.load` with its failures named; NaN in the weights is one."""
     try:
-        return family.load(directory)
-    except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
+        model = family.load(directory)
+    except (
+        SafetensorError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        OSError,
+        UnpicklingError,
+    ) as e:
         raise InputError(f"{directory}: weights and config don't fit: {e}", fix="save both again together") from e
+    if isinstance(model, nn.Module):
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise InputError(f"{directory}: {name} holds NaN or infinity", fix="train or convert the model again")
+    return model
+
+
+def whole_program(family: ModuleType, model: Any, directory: Path) -> dict[str, Any]:
+    """program.json of the model as it is, before a backend and its settings are chosen."""
+    return {"components": [c.spec() for c in family.components(model)], **family.program(model, directory)}
+
+
+def open_fp32(family: ModuleType, model: Any, directory: Path) -> Session:
+    """A session over the model as the user brought it: FP32, in torch (a graph from outside: in ONNX Runtime)."""
+    components = {c.name: c for c in family.components(model)}
+    settings = {"threads": torch.get_num_threads(), "precision": "f32"}
+    program = {**whole_program(family, model, directory), "backend": "onnxruntime", "settings": settings}
+    tokenizer = tokenizer_of(family, directory)
+    files = {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    return Session(files, program, str(directory), lambda spec: caller(components[spec["name"]], directory))
 
 
 def sizes(family: ModuleType, model: Any) -> tuple[int, int]:
     """(parameters, multiply-adds of one input at its largest size)."""
     components: list[Component] = family.components(model)
-    parameters = sum(p.numel() for c in components for p in c.module.parameters())
+    modules = [c.module for c in components if isinstance(c.module, nn.Module)]
+    parameters = {p.data_ptr(): p.numel() for m in modules for p in m.parameters()}  # tied ones once
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), counter:
-        for component in components:
-            component.module(**component.example(batch=1))
-    return parameters, counter.get_total_flops() // 2
+        for component, module in zip(components, modules, strict=True):
+            module(**component.example(batch=1))
+    return sum(parameters.values()), counter.get_total_flops() // 2

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from transformers.models.bert.modeling_bert import BertAttention, BertSelfAttention
 
-from edgemm.data import Sample
 from edgemm.models import AttentionBlock, Component
 from edgemm.models import Tensor as Spec
 from edgemm.reasoner.corpus import MEAN, STD
 from edgemm.reasoner.model import Attention, Reasoner, ReasonerConfig
-from edgemm.runtime.preprocess import image_to_pixels
-
-IMAGES_PER_BATCH = 16
+from edgemm.runtime.preprocess import read_tokenizer
 
 
 def load(directory: Path) -> Reasoner:
     """The model of config.json and model.safetensors (any float width), its heads as the config says."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
     model = Reasoner(ReasonerConfig.from_dict(config)).eval()
     for block in attentions(model):
         if (heads := config.get("pruned_heads", {}).get(block.name)) is not None:
@@ -38,15 +31,15 @@ def load(directory: Path) -> Reasoner:
     return model
 
 
-def save(model: Reasoner, directory: Path, tokenizer: Path, *, half: bool = False) -> None:
-    """Write config.json, model.safetensors and tokenizer.json."""
+def save(model: Reasoner, directory: Path, source: Path, *, half: bool = False) -> None:
+    """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
     directory.mkdir(parents=True, exist_ok=True)
     pruned = {b.name: b.heads for b in attentions(model) if b.heads != model.config.heads}
     config = {"model_type": "reasoner", **model.config.to_dict(), "pruned_heads": pruned}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {n: t.half() if half and t.is_floating_point() else t for n, t in model.state_dict().items()}
     save_file({n: t.contiguous() for n, t in weights.items()}, directory / "model.safetensors")
-    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
 
 
 def components(model: Reasoner) -> list[Component]:
@@ -61,7 +54,7 @@ def components(model: Reasoner) -> list[Component]:
     logits = Spec("logits", "float32", ("batch", len(config.answers)))
     return [
         Component("image_encoder", model.image_encoder, (pixels,), (image,), sizes),
-        Component("text_encoder", model.text_encoder, (ids, mask), (text,), sizes),
+        Component("text_encoder", model.text_encoder, (ids, mask), (text,), sizes, {"input_ids": config.vocab_size}),
         Component("fusion", model.fusion, (text, mask, image), (logits,), sizes),
     ]
 
@@ -93,8 +86,9 @@ def _resize_bert(module: BertSelfAttention, heads: int) -> None:
     module.num_attention_heads, module.all_head_size = heads, heads * module.attention_head_size
 
 
-def program(model: Reasoner) -> dict[str, Any]:
+def program(model: Reasoner, directory: Path) -> dict[str, Any]:
     """How the runtime turns files into tensors and logits into an answer."""
+    del directory
     config = model.config
     return {
         "image": {
@@ -110,41 +104,5 @@ def program(model: Reasoner) -> dict[str, Any]:
             "tokenizer": "tokenizer.json",
             "max_tokens": config.max_tokens,
         },
-        "output": {"tensor": "logits", "labels": list(config.answers)},
+        "output": {"kind": "labels", "tensor": "logits", "labels": list(config.answers)},
     }
-
-
-@torch.inference_mode()
-def predict(model: Reasoner, directory: Path, samples: list[Sample]) -> NDArray[np.float32]:
-    """FP32 logits [samples, A]; each image is encoded, and its keys projected, once for all its questions."""
-    image_data = program(model)["image"]
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    encoded = [e.ids for e in tokenizer.encode_batch([s.text for s in samples])]
-    # Images with equally many questions of equal lengths go together: no padding, so no mask to add.
-    rows: dict[Path, list[int]] = defaultdict(list)
-    for i, sample in enumerate(samples):
-        rows[sample.image].append(i)
-    alike: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
-    for indices in rows.values():
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i in indices:
-            by_length[len(encoded[i])].append(i)
-        for length, group in by_length.items():
-            alike[len(group), length].append(group)
-
-    logits = np.empty((len(samples), len(model.config.answers)), np.float32)
-    tokens: dict[Path, torch.Tensor] = {}
-    paths = list(rows)
-    for start in range(0, len(paths), IMAGES_PER_BATCH):
-        batch = paths[start : start + IMAGES_PER_BATCH]
-        pixels = torch.from_numpy(np.concatenate([image_to_pixels(p, image_data) for p in batch]))
-        tokens.update(zip(batch, model.image_encoder(pixels), strict=True))
-    for groups in alike.values():
-        for start in range(0, len(groups), IMAGES_PER_BATCH):
-            part = groups[start : start + IMAGES_PER_BATCH]
-            indices = [i for group in part for i in group]
-            ids = torch.tensor([encoded[i] for i in indices])
-            mask = torch.ones_like(ids)
-            image = torch.stack([tokens[samples[group[0]].image] for group in part])
-            logits[indices] = model.fusion(model.text_encoder(ids, mask), mask, image).numpy()
-    return logits

@@ -73,10 +73,9 @@ def magnitude(blocks: list[AttentionBlock]) -> dict[str, list[float]]:
     """L2 norm of all weights of each head."""
 
     def norms(block: AttentionBlock) -> Tensor:
-        rows = [
-            linear.weight.detach().unflatten(0, (block.heads, -1)).flatten(1) for linear in (block.q, block.k, block.v)
-        ]
-        columns = block.o.weight.detach().T.unflatten(0, (block.heads, -1)).flatten(1)
+        *inner, o = block.linears
+        rows = [linear.weight.detach().unflatten(0, (block.heads, -1)).flatten(1) for linear in inner]
+        columns = o.weight.detach().T.unflatten(0, (block.heads, -1)).flatten(1)
         return torch.cat([*rows, columns], 1).norm(dim=1)
 
     return {b.name: norms(b).tolist() for b in blocks}
@@ -100,13 +99,14 @@ def attention(blocks: list[AttentionBlock], run: Callable[[], object]) -> dict[s
         def add(b: AttentionBlock, seen: dict[str, Tensor], _m: nn.Module, _i: object) -> None:
             q, k, v = (seen[part].unflatten(-1, (b.heads, b.head_dim)).transpose(1, 2) for part in "qkv")
             probability = (q @ k.transpose(-1, -2) / b.head_dim**0.5).softmax(-1)
-            carried = v @ b.o.weight.T.unflatten(0, (b.heads, b.head_dim))
+            carried = v @ b.linears[3].weight.T.unflatten(0, (b.heads, b.head_dim))
             sums[b.name] += (probability @ carried.norm(dim=-1, keepdim=True)).sum((0, 2, 3))
             counts[b.name] += q.shape[0] * q.shape[2]
 
-        for part, linear in zip("qkv", (block.q, block.k, block.v), strict=True):
+        *inner, o = block.linears
+        for part, linear in zip("qkv", inner, strict=True):
             handles.append(linear.register_forward_hook(partial(remember, part, seen)))
-        handles.append(block.o.register_forward_pre_hook(partial(add, block, seen)))
+        handles.append(o.register_forward_pre_hook(partial(add, block, seen)))
     try:
         run()
     finally:

@@ -18,12 +18,22 @@ from edgemm.recipe import Strict
 
 
 class Options(Strict):
-    """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; `ranges`: how activations' ranges are found."""
+    """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; `ranges`: how activations' ranges are found.
+
+    weight_only  weights alone are INT8, per channel, and activations stay in float: for decoders, whose time
+                 goes into reading weights, and whose activations collapse in INT8
+    """
 
     preset: Literal["performance", "mixed"] = "performance"
     smooth_quant: float = Field(0.5, ge=-1, le=1)
     ranges: Literal["minmax", "histogram"] = "minmax"
+    weight_only: bool = False
     keep_float: tuple[str, ...] = Field((), description="ONNX op types that stay in float")
+
+
+def needs_samples(options: Options) -> bool:
+    """Whether activations' ranges are to be found."""
+    return not options.weight_only
 
 
 def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]], options: Options) -> onnx.ModelProto:
@@ -36,6 +46,9 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
     except ImportError as e:
         raise ToolchainError("NNCF is not installed", fix="pip install 'edgemm[compress]'") from e
     nncf.set_log_level(logging.ERROR)
+    if options.weight_only:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     advanced = AdvancedQuantizationParameters(
         smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=options.smooth_quant)
     )

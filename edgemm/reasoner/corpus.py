@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,8 +49,9 @@ class Corpus:
 
     @classmethod
     def build(cls, samples: list[Sample], validation_images: int, seed: int) -> Corpus:
-        answers = tuple(sorted({s.label for s in samples}))
-        texts = sorted({s.text for s in samples})
+        told_of = [(s, s.text, s.label) for s in samples if s.text and s.label and isinstance(s.image, Path)]
+        answers = tuple(sorted({label for _, _, label in told_of}))
+        texts = sorted({text for _, text, _ in told_of})
         tokenizer = build_tokenizer(texts, answers)
         encoded = [e.ids for e in tokenizer.encode_batch(texts)]
         questions = torch.zeros(len(texts), max(map(len, encoded)), dtype=torch.int64)
@@ -64,19 +66,20 @@ class Corpus:
                 fix="add questions that name what images hold",
             )
 
-        by_image: dict[str, list[Sample]] = defaultdict(list)
-        for sample in samples:
-            by_image[sample.group].append(sample)
+        by_image: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        files = {s.group: s.image for s, _, _ in told_of}
+        for sample, text, label in told_of:
+            by_image[sample.group].append((text, label))
         text_index, answer_index = {t: i for i, t in enumerate(texts)}, {a: i for i, a in enumerate(answers)}
         images = torch.stack(
-            [torch.from_numpy(np.array(Image.open(g[0].image).convert("RGB"))) for g in by_image.values()]
+            [torch.from_numpy(np.array(Image.open(files[g]).convert("RGB"))) for g in by_image]  # type: ignore[arg-type]
         ).permute(0, 3, 1, 2)
         holds = torch.full((len(by_image), len(concepts)), UNKNOWN)
         for row, group in zip(holds, by_image.values(), strict=True):
-            for sample in group:
-                for concept, present in told(sample.text, sample.label, concepts):
+            for text, label in group:
+                for concept, present in told(text, label, concepts):
                     row[concepts.index(concept)] = float(present)
-        asked = [[(text_index[s.text], answer_index[s.label]) for s in group] for group in by_image.values()]
+        asked = [[(text_index[t], answer_index[a]) for t, a in group] for group in by_image.values()]
         often = Counter(pair for group in asked for pair in group)
         if validation_images >= len(by_image):
             raise InputError(

@@ -79,6 +79,9 @@ def comparison(target: TargetReport) -> list[Row]:
         low, high = latency.speedup_ci95
         interval = f"95 % interval {low:.2f} to {high:.2f}"
         rows.append(Row("speed-up at p50", "1x", f"{latency.speedup_p50:.2f}x", interval))
+        for c in latency.components if len(latency.components) > 1 else ():
+            change = f"{c.speedup_p50:.2f}x ({c.speedup_ci95[0]:.2f} to {c.speedup_ci95[1]:.2f})"
+            rows.append(Row(f"{c.name} p50", f"{c.fp32_p50_ms:.2f} ms", f"{c.compressed_p50_ms:.2f} ms", change))
     else:
         rows += [missing(f"latency {p}") for p in ("p50", "p90", "p99")] + [missing("speed-up at p50")]
     if memory := target.memory:

@@ -20,8 +20,8 @@ class Accuracy(Strict):
     n, clusters      samples, and groups of samples that share media
     n_required       samples that the claim needs, at most n once the bound is under the margin; see edgemm/verdict.py
     drop             fp32 - compressed; `drop_ci95_upper` its one-sided 95 % upper bound
-    flips            share of samples whose answer changed
-    sqnr_db          of the model's raw outputs against FP32
+    flips            share of samples whose label or text changed; None where neither is the answer
+    sqnr_db          of the model's raw outputs against FP32; None where the output is text
     """
 
     metric: str
@@ -34,8 +34,8 @@ class Accuracy(Strict):
     drop: float
     drop_ci95_upper: float
     margin: float
-    flips: float
-    sqnr_db: float
+    flips: float | None
+    sqnr_db: float | None
     verdict: Verdict
 
 
@@ -52,8 +52,21 @@ class Samples(Strict):
     compressed: tuple[float, ...]
 
 
+class ComponentLatency(Strict):
+    """One component alone, on inputs that it meets in the FP32 model."""
+
+    name: str
+    fp32_p50_ms: float
+    compressed_p50_ms: float
+    speedup_p50: float
+    speedup_ci95: tuple[float, float]
+
+
 class Latency(Strict):
-    """One input through all components, warm. `speedup_p50` = fp32 p50 / compressed p50."""
+    """One input through all components, warm, to the whole text where the model writes one.
+
+    speedup_p50   fp32 p50 / compressed p50;  torch_p50_ms  None for a model that came as a graph
+    """
 
     fp32: Percentiles
     compressed: Percentiles
@@ -62,6 +75,7 @@ class Latency(Strict):
     baseline: str
     threads: int
     torch_p50_ms: float | None
+    components: tuple[ComponentLatency, ...] = ()
     samples_ms: Samples
 
 

@@ -1,7 +1,7 @@
 """Latency and memory of compiled models, as they run on the device.
 
-`python -m edgemm.runtime.measure DIRECTORY` runs a model in a process of its own and prints its peak
-resident memory.
+`python -m edgemm.runtime.measure DIRECTORY INPUTS.npz` runs a model in a process of its own and prints its
+peak resident memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemm.errors import ToolchainError
-from edgemm.runtime.session import Session, open_directory, zeros
+from edgemm.runtime.session import Session, Tensors, open_directory
 
 WARM_UP = 20
 BLOCK = 10
 RESAMPLES = 5_000
+MEMORY_RUNS = 5
 T = TypeVar("T")
 
 
@@ -66,24 +68,31 @@ def ratio_interval(a: NDArray[np.float64], b: NDArray[np.float64], seed: int) ->
     return float(low), float(high)
 
 
-def peak_memory_mb(directory: Path) -> float:
-    """Peak resident memory, in MB (10^6 bytes), of a fresh process that loads only the runtime and runs the model."""
-    command = [sys.executable, "-m", "edgemm.runtime.measure", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def peak_memory_mb(directory: Path, tensors: Tensors) -> float:
+    """Peak resident memory, in MB (10^6 bytes), of a fresh process that loads only the runtime and runs the model.
+
+    tensors   a pre-processed input
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.npz"
+        np.savez(inputs, **dict[str, Any](tensors))
+        command = [sys.executable, "-m", "edgemm.runtime.measure", str(directory), str(inputs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ToolchainError(f"the model in {directory} does not run by itself: {done.stderr}", fix="edgemm doctor")
     return float(json.loads(done.stdout)["peak_mb"])
 
 
-def _run_alone(directory: Path) -> dict[str, Any]:
+def _run_alone(directory: Path, inputs: Path) -> dict[str, float]:
     session: Session = open_directory(directory)
-    inputs = zeros(session.program)
-    for _ in range(WARM_UP):
-        session.infer(inputs)
+    with np.load(inputs) as stored:
+        tensors = {name: stored[name] for name in stored.files}
+    for _ in range(MEMORY_RUNS):
+        session.complete(tensors)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     return {"peak_mb": peak_kib * 1024 / 1e6}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_run_alone(Path(sys.argv[1]))))
+    sys.stdout.write(json.dumps(_run_alone(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -1,63 +1,236 @@
-"""program.json: how files become tensors, tensors flow through components, and logits become an answer.
+"""program.json: how media become tensors, tensors flow through components, and outputs become an answer.
 
 It comes from a bundle, so from outside: everything is validated here before a native library sees it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from edgemm.recipe import Strict
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,80}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,120}$")]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
-Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
+Side = Annotated[int, Field(ge=1, le=1 << 13)]
+Edge = Annotated[int, Field(ge=1, le=1 << 26)]  # the largest stands for no limit: it is more than MAX_PIXELS
+Positive = Annotated[float, Field(gt=0)]
+Id = Annotated[int, Field(ge=0, le=1 << 24)]
+Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
 class Port(Strict):
     """A tensor by name; `shape` holds sizes, and names for the dynamic axes."""
 
     name: Name
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "int64", "int32", "bool"]
     shape: tuple[Size | Name, ...]
 
 
 class ComponentSpec(Strict):
     """One compiled graph. `max_sizes`: largest size of each dynamic axis."""
 
-    name: Name
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     max_sizes: dict[Name, Size]
 
 
 class ImageSpec(Strict):
-    """size [H,W] pixels; resample: a Pillow filter; mean and std per channel of values in 0..1."""
+    """Decode to RGB, resize, crop, scale to 0..1, normalise -> `tensor` float32[1,3,H,W].
+
+    transparency  drop: the colour under it is kept; white: the image is laid on white
+    size       [H,W] pixels; for `shortest` the sides that the resized image must not fall short of
+               and not exceed: [shortest edge, longest edge]; None: the image is not resized
+    fit        exact: to `size`; shortest: keep the ratio, shortest edge to size[0], longest at most size[1]
+    rounding   of the other edge under `shortest`: down (torchvision, CLIP), nearest (ViLT)
+    multiple   round both sides down to a multiple of this many pixels
+    crop       [H,W] cut from the centre after resizing, zeros where the image is smaller
+    resample   a Pillow filter;  scale  what a byte is multiplied by;  mean, std  per channel, after scaling
+    """
 
     tensor: Name
-    size: tuple[Size, Size]
-    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-    mean: Channels
-    std: Channels
+    transparency: Literal["drop", "white"] = "drop"
+    size: tuple[Edge, Edge] | None
+    fit: Literal["exact", "shortest"] = "exact"
+    rounding: Literal["down", "nearest"] = "down"
+    multiple: Size = 1
+    crop: tuple[Side, Side] | None = None
+    resample: Resample
+    scale: Positive = 1 / 255
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
 
 
 class TextSpec(Strict):
-    """Tensors that the token ids and their mask go to; the tokenizer's file; the id that pads."""
+    """Tensors that the token ids, their mask and segment go to; the tokenizer's file; the id that pads.
+
+    boxes    tensor of one box [x0,y0,x1,y1] (0..1000) a token: words come with boxes (documents)
+    pad_to   every text is padded to this many tokens, which the model expects; 0 pads none
+    """
 
     ids: Name
-    mask: Name
-    tokenizer: Literal["tokenizer.json"]
+    mask: Name | None = None
+    types: Name | None = None
+    boxes: Name | None = None
+    tokenizer: Literal["tokenizer.json"] = "tokenizer.json"
     max_tokens: Size
-    pad_id: int = Field(0, ge=0)
+    pad_id: Id = 0
+    pad_to: int = Field(0, ge=0, le=1 << 20)
 
 
-class OutputSpec(Strict):
-    """The tensor [B,A] that answers, and its A labels."""
+class Mel(Strict):
+    """Log-mel spectrogram. Frames of `n_fft` samples (Hann window), `hop_length` apart, centred with reflection.
+
+    scale, norm  of the filter bank, as librosa calls them;  fmin, fmax  Hz
+    log          whisper: log10, floor 8 below the largest, (x + 4) / 4;  db: 10 log10
+    layout       shape after the batch axis: mels_frames [M,T], channel_frames_mels [1,T,M]
+    """
+
+    n_fft: Annotated[int, Field(ge=2, le=1 << 16)]
+    hop_length: Size
+    n_mels: Annotated[int, Field(ge=1, le=1024)]
+    fmin: float = Field(0.0, ge=0)
+    fmax: float = Field(gt=0)
+    scale: Literal["slaney", "htk"] = "slaney"
+    norm: Literal["slaney"] | None = "slaney"
+    log: Literal["whisper", "db"] = "whisper"
+    layout: Literal["mels_frames", "channel_frames_mels"] = "mels_frames"
+
+    @model_validator(mode="after")
+    def has_a_band(self) -> Mel:
+        if self.fmin >= self.fmax:
+            raise ValueError(f"fmin {self.fmin} Hz is not under fmax {self.fmax} Hz")
+        return self
+
+
+class AudioSpec(Strict):
+    """Decode to mono, resample to `sampling_rate` Hz, then a log-mel spectrogram or, without `mel`, the waveform.
+
+    seconds    longest input; a longer one is refused;  min_samples  shortest input, after resampling
+    pad        none; silence: zeros up to `seconds`; repeat: the whole input again and again, then zeros
+    normalize  the waveform to zero mean and unit variance, before padding
+    mask       tensor int64[1,T]: 1 where the input is, 0 where it was padded; for models that want one
+    """
 
     tensor: Name
+    mask: Name | None = None
+    sampling_rate: Size
+    seconds: float = Field(gt=0, le=3_600)
+    min_samples: Size = 1
+    pad: Literal["none", "silence", "repeat"] = "none"
+    normalize: bool = False
+    mel: Mel | None = None
+
+
+class TensorSpec(Strict):
+    """An input that comes ready made, for graphs whose media are not known. `high`: ids are under this."""
+
+    tensor: Name
+    kind: Literal["image", "audio", "tokens", "mask", "tensor"]
+    high: Size | None = None
+
+
+class Labels(Strict):
+    """`tensor` [B,A] scores the A labels; `activation` makes probabilities of them."""
+
+    kind: Literal["labels"] = "labels"
+    tensor: Name
     labels: tuple[str, ...] = Field(min_length=1)
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+
+    @property
+    def needs(self) -> set[str]:
+        """Outputs of components that the answer is made of."""
+        return {self.tensor}
+
+
+class Embeddings(Strict):
+    """Two `tensors` [B,D], unit length, by modality; similarity = scale * dot product + bias.
+
+    match   tensor [B,2] of a fusion that scores (no match, match), where the model has one
+    """
+
+    kind: Literal["embeddings"] = "embeddings"
+    tensors: dict[Literal["image", "text", "audio"], Name] = Field(min_length=2, max_length=2)
+    scale: float = 1.0
+    bias: float = 0.0
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    match: Name | None = None
+
+    @property
+    def needs(self) -> set[str]:
+        return {*self.tensors.values(), *([self.match] if self.match else [])}
+
+
+class Generation(Strict):
+    """Text, token by token, from the component `decoder`, whose key/value cache goes round through the runtime.
+
+    The decoder's inputs: `ids` int64[B,T]; `positions` int64[B,T]; `mask` int64[B,P+T], 0 for cache slots that
+    hold nothing; a tensor `past` float32[B,H,P,D] for each pair (past, present) in `cache`; and whatever
+    earlier components made (encoder states, or the cross-attention's keys and values, computed once).
+    Its outputs: `logits` float32[B,V] of the last token, and each `present` float32[B,H,P+T,D].
+    The first call has P = 1: one slot of zeros that the mask hides, so that one graph serves with and
+    without a cache.
+
+    prompt             ids that every text begins with; `text_prompt`: the query's text follows them
+    eos                ids that end a text;  suppress, suppress_first  ids never made, and not made first
+    beams              width of the beam search, 1 is greedy; `length_penalty` as transformers has it
+    """
+
+    kind: Literal["generation"] = "generation"
+    decoder: Name = "decoder"
+    ids: Name = "decoder_input_ids"
+    positions: Name = "position_ids"
+    mask: Name = "decoder_attention_mask"
+    logits: Name = "logits"
+    cache: tuple[tuple[Name, Name], ...] = Field(min_length=1)
+    tokenizer: Literal["tokenizer.json"] = "tokenizer.json"
+    prompt: tuple[Id, ...] = Field(min_length=1)
+    text_prompt: bool = False
+    eos: tuple[Id, ...] = Field(min_length=1)
+    suppress: tuple[Id, ...] = ()
+    suppress_first: tuple[Id, ...] = ()
+    max_new_tokens: Size
+    beams: int = Field(1, ge=1, le=64)
+    length_penalty: float = 1.0
+
+    @property
+    def needs(self) -> set[str]:
+        return {self.logits, *(present for _, present in self.cache)}
+
+    @property
+    def own(self) -> set[str]:
+        """The decoder's inputs that the token loop makes."""
+        return {self.ids, self.positions, self.mask, *(past for past, _ in self.cache)}
+
+
+class Transcript(Strict):
+    """CTC: `tensor` [B,T,V] scores a character of the tokenizer, or `blank`, at every step."""
+
+    kind: Literal["transcript"] = "transcript"
+    tensor: Name
+    tokenizer: Literal["tokenizer.json"] = "tokenizer.json"
+    blank: Id
+
+    @property
+    def needs(self) -> set[str]:
+        return {self.tensor}
+
+
+class Features(Strict):
+    """Tensors as they are, for models without a head that answers."""
+
+    kind: Literal["features"] = "features"
+    tensors: tuple[Name, ...] = Field(min_length=1)
+
+    @property
+    def needs(self) -> set[str]:
+        return set(self.tensors)
+
+
+Output = Annotated[Labels | Embeddings | Generation | Transcript | Features, Field(discriminator="kind")]
 
 
 class Settings(Strict):
@@ -73,19 +246,78 @@ class Program(Strict):
     backend: Literal["openvino", "onnxruntime"]
     settings: Settings
     components: tuple[ComponentSpec, ...] = Field(min_length=1)
-    image: ImageSpec
-    text: TextSpec
-    output: OutputSpec
+    image: ImageSpec | None = None
+    text: TextSpec | None = None
+    audio: AudioSpec | None = None
+    tensors: tuple[TensorSpec, ...] = ()
+    output: Output
+
+    def sources(self) -> dict[str, set[str]]:
+        """Modality -> the tensors that its pre-processing makes."""
+        made: dict[str, set[str]] = {}
+        if self.image:
+            made["image"] = {self.image.tensor}
+        if self.text:
+            made["text"] = {n for n in (self.text.ids, self.text.mask, self.text.types, self.text.boxes) if n}
+        if self.audio:
+            made["audio"] = {n for n in (self.audio.tensor, self.audio.mask) if n}
+        if self.tensors:
+            made["tensors"] = {t.tensor for t in self.tensors}
+        return made
+
+    @model_validator(mode="before")
+    @classmethod
+    def output_is_labels_unless_it_says(cls, values: Any) -> Any:
+        """Programs written before there were other kinds do not name theirs."""
+        if isinstance(values, dict) and isinstance(output := values.get("output"), dict) and "kind" not in output:
+            return {**values, "output": {"kind": "labels", **output}}
+        return values
 
     @model_validator(mode="after")
     def tensors_are_joined(self) -> Program:
         """Every input is made by an earlier component or by pre-processing, and the answer by one of them."""
-        known = {self.image.tensor, self.text.ids, self.text.mask}
+        known = set().union(*self.sources().values())
+        output = self.output
         for component in self.components:
-            if missing := {p.name for p in component.inputs} - known:
+            made = set(known)
+            if isinstance(output, Generation) and component.name == output.decoder:
+                made |= output.own
+            if missing := {p.name for p in component.inputs} - made:
                 raise ValueError(f"nothing makes the input {min(missing)!r} of {component.name}")
             known |= {p.name for p in component.outputs}
-        answers = [p for c in self.components for p in c.outputs if p.name == self.output.tensor]
-        if not answers or answers[-1].shape[-1] != len(self.output.labels):
-            raise ValueError(f"{self.output.tensor!r} is no output with one value for each of the labels")
+        self._check_image({p.name: p for c in self.components for p in c.inputs})
+        ports = {p.name: p for c in self.components for p in c.outputs}
+        if missing := output.needs - ports.keys():
+            raise ValueError(f"the answer needs {min(missing)!r}, which no component makes")
+        if isinstance(output, Labels) and ports[output.tensor].shape[-1] != len(output.labels):
+            raise ValueError(f"{output.tensor!r} has not one value for each of the labels")
+        if isinstance(output, Generation):
+            self._check_decoder(output)
         return self
+
+    def _check_decoder(self, output: Generation) -> None:
+        """The decoder takes what the token loop makes, and the prompt is of its vocabulary."""
+        decoder = next((c for c in self.components if c.name == output.decoder), None)
+        if decoder is None:
+            raise ValueError(f"there is no component {output.decoder!r}")
+        shapes = {p.name: p.shape for p in decoder.inputs}
+        if missing := output.own - shapes.keys():
+            raise ValueError(f"{output.decoder} has no input {min(missing)!r}")
+        for past, _ in output.cache:
+            match shapes[past]:
+                case (_, int(), str() as length, int()) if length in decoder.max_sizes:
+                    pass
+                case shape:
+                    raise ValueError(f"{past} is {list(shape)}, not [batch, heads, slots, width]")
+        vocabulary = next(p.shape[-1] for p in decoder.outputs if p.name == output.logits)
+        if isinstance(vocabulary, int) and max(output.prompt) >= vocabulary:
+            raise ValueError(f"prompt has {max(output.prompt)}, and {output.logits} {vocabulary} values")
+
+    def _check_image(self, inputs: dict[str, Port]) -> None:
+        """The images that pre-processing makes have the size that the model takes."""
+        if self.image is None or self.image.tensor not in inputs:
+            return
+        made = self.image.crop or (self.image.size if self.image.fit == "exact" else None)
+        wanted = inputs[self.image.tensor].shape[2:]
+        if made and any(isinstance(w, int) and w != m for w, m in zip(wanted, made, strict=True)):
+            raise ValueError(f"images become {list(made)} pixels, and the model takes {list(wanted)}")

@@ -9,39 +9,71 @@ from __future__ import annotations
 import importlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from edgemm.errors import InputError
 from edgemm.plugins import validate
+from edgemm.runtime.audio import audio_to_features
 from edgemm.runtime.bundle import read_bundle
-from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_ids
-from edgemm.runtime.program import Program
+from edgemm.runtime.generation import generate
+from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_tensors
+from edgemm.runtime.program import Generation, Program
 
-Tensors = Mapping[str, NDArray[Any]]
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+Call = Callable[[Tensors], dict[str, Array]]
+Outputs = dict[str, Array]
 MAX_BATCH = 16
+ANSWERING = ("labels", "generation", "transcript")
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One input: a file of an image (or its bytes) and a question."""
+    """One input; what is absent is None. Media are files or their bytes.
 
-    image: Path | str | bytes
-    text: str
+    boxes    a box [x0,y0,x1,y1] in 0..1000 for each word of `text`
+    tensors  inputs that come ready made, by name, without the batch axis
+    """
+
+    image: Path | str | bytes | None = None
+    text: str | None = None
+    audio: Path | str | bytes | None = None
+    boxes: tuple[tuple[int, int, int, int], ...] | None = None
+    tensors: dict[str, Array] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The best label, its softmax probability, and the logits float32[A]."""
+    """What a model made of one input.
 
-    answer: str
-    probability: float
-    logits: NDArray[np.float32]
+    answer       the best label or the text; None for models that only embed
+    probability  of the label, or that the two modalities belong together
+    outputs      the tensors behind it, by name, without the batch axis
+    """
+
+    answer: str | None
+    probability: float | None
+    outputs: dict[str, Array]
+
+    def as_json(self, kind: str) -> dict[str, Any]:
+        """Answer and probability where there are any; the tensors of models that only embed."""
+        found: dict[str, Any] = {"answer": self.answer} if self.answer is not None else {}
+        if self.probability is not None:
+            found["probability"] = round(self.probability, 6)
+        return found if kind in ANSWERING else {**found, "outputs": {n: v.tolist() for n, v in self.outputs.items()}}
+
+    def summary(self) -> str:
+        """One line for people."""
+        if self.probability is not None:
+            return f"{self.probability:.4f}"
+        return ", ".join(f"{n} {list(v.shape)}, norm {np.linalg.norm(v):.4f}" for n, v in self.outputs.items())
 
 
 class Session:
@@ -50,87 +82,250 @@ class Session:
     files    name -> bytes: program.json's component files and the tokenizer
     program  program.json; see program.py. Texts are padded where its shapes are fixed
     where    what errors call the model
+    compile_component  spec of a component -> its call; by default what the program's backend makes of `files`
     """
 
-    def __init__(self, files: Mapping[str, bytes], program: dict[str, Any], where: str) -> None:
-        self.program = validate(Program, program, f"{where}: program").model_dump()
-        engine = importlib.import_module(f"edgemm.runtime.{self.program['backend']}")
-        fixed = {
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        program: dict[str, Any],
+        where: str,
+        compile_component: Callable[[dict[str, Any]], Call] | None = None,
+    ) -> None:
+        checked = validate(Program, program, f"{where}: program")
+        self.program = checked.model_dump()
+        self.sources = checked.sources()
+        self.output = self.program["output"]
+        self.needs = checked.output.needs
+        self.own = checked.output.own if isinstance(checked.output, Generation) else set()
+        if compile_component is None:
+            engine = importlib.import_module(f"edgemm.runtime.{self.program['backend']}")
+
+            def compile_component(spec: dict[str, Any]) -> Call:
+                return engine.compile_component(files, spec, self.program["settings"])
+
+        self.tokenizer: Tokenizer | None = None
+        if self.program["text"] or "tokenizer" in self.output:
+            self.tokenizer = read_tokenizer(files["tokenizer.json"], "tokenizer.json")
+        self.components = {spec["name"]: (spec, compile_component(spec)) for spec in self.program["components"]}
+        self.decoder = self.output["decoder"] if self.output["kind"] == "generation" else None
+        self.fixed = {
             (port["name"], axis): size
-            for component in self.program["components"]
-            for port in component["inputs"]
+            for spec, _ in self.components.values()
+            for port in spec["inputs"]
             for axis, size in enumerate(port["shape"])
             if isinstance(size, int)
         }
-        self.batch = fixed.get((self.program["image"]["tensor"], 0), MAX_BATCH)
-        self.tokens = fixed.get((self.program["text"]["ids"], 1), 0)
-        self.tokenizer = read_tokenizer(files[self.program["text"]["tokenizer"]], "tokenizer.json")
-        self.components = [
-            (component, engine.compile_component(files, component, self.program["settings"]))
-            for component in self.program["components"]
-        ]
+        self.observe: Callable[[str, Tensors], None] | None = None
 
-    def run(self, *, image: Path | str | bytes, text: str) -> Answer:
-        """Answer one question about one image."""
-        return self.run_many([Query(image, text)])[0]
+    def run(
+        self,
+        *,
+        image: Path | str | bytes | None = None,
+        text: str | None = None,
+        audio: Path | str | bytes | None = None,
+        boxes: tuple[tuple[int, int, int, int], ...] | None = None,
+        tensors: dict[str, Array] | None = None,
+    ) -> Answer:
+        """Answer one input, of whichever modalities the model takes."""
+        return self.answer(Query(image, text, audio, boxes, tensors))
 
     def run_many(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answer many; each distinct image and text is encoded once, the rest runs in batches of equal length."""
-        output = self.program["output"]
-        logits = self.logits(queries)
-        shifted = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities = shifted / shifted.sum(1, keepdims=True)
-        best = logits.argmax(1)
-        return [
-            Answer(output["labels"][b], float(p[b]), row)
-            for b, p, row in zip(best.tolist(), probabilities, logits, strict=True)
-        ]
+        """Answer many, in order; each distinct image, text and recording is encoded once."""
+        return [self._answer_of(q, known) for q, known in zip(queries, self._evaluate(queries), strict=True)]
 
-    def logits(self, queries: Sequence[Query]) -> NDArray[np.float32]:
-        """float32[len(queries), A], in order."""
-        image_of = {q.image: i for i, q in enumerate(queries)}
-        text_of = {q.text: i for i, q in enumerate(queries)}
-        encoded_images = {k: self.infer(self.image_tensors(k)) for k in image_of}
-        encoded_texts = {k: self.infer(self.text_tensors(k)) for k in text_of}
-        ids = self.program["text"]["ids"]
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i, query in enumerate(queries):
-            by_length[encoded_texts[query.text][ids].shape[1]].append(i)
-        name = self.program["output"]["tensor"]
-        out: NDArray[np.float32] | None = None
-        for indices in by_length.values():
-            for start in range(0, len(indices), self.batch):
-                part = indices[start : start + self.batch]
-                rows = [{**encoded_images[queries[i].image], **encoded_texts[queries[i].text]} for i in part]
-                tensors = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-                values = self.infer(tensors)[name]
-                if out is None:
-                    out = np.empty((len(queries), values.shape[1]), np.float32)
-                out[part] = values
-        if out is None:
-            raise InputError("there is nothing to run", fix="give at least one image and text")
-        return out
+    def answer(self, query: Query) -> Answer:
+        return self.run_many([query])[0]
 
-    def image_tensors(self, image: Path | str | bytes) -> Tensors:
+    def outputs(self, queries: Sequence[Query]) -> Outputs:
+        """What metrics judge, of all queries in order; edgemm/metrics/__init__.py lists it by output kind."""
+        kind = self.output["kind"]
+        rows = self._evaluate(queries)
+        if kind in ("generation", "transcript"):
+            return {"text": np.array([self._text_of(q, r) for q, r in zip(queries, rows, strict=True)])}
+        if kind == "labels":
+            logits = np.concatenate([r[self.output["tensor"]] for r in rows])
+            return {"logits": logits, "labels": np.array(self.output["labels"])}
+        names = self.output["tensors"]
+        if kind == "embeddings":
+            for query, row in zip(queries, rows, strict=True):
+                if absent := [m for m, name in names.items() if name not in row]:
+                    raise InputError(f"a sample has no {absent[0]}: {query}"[:200], fix=f"give pairs of {set(names)}")
+            return {modality: np.concatenate([r[name] for r in rows]) for modality, name in names.items()}
+        return {name: _stack([r[name] for r in rows]) for name in names}
+
+    def tensors(self, query: Query) -> dict[str, Array]:
+        """Pre-process what the query holds. InputError when it holds nothing that the model takes."""
+        return {name: value for part in self._parts(query).values() for name, value in part().items()}
+
+    def _parts(self, query: Query) -> dict[tuple[str, Any], Callable[[], dict[str, Array]]]:
+        """(modality, medium) -> how to pre-process it, for each modality that the query holds."""
+        image, text, audio, tensors = query.image, query.text, query.audio, query.tensors
+        given = {"image": image, "text": text, "audio": audio, "tensors": tensors}
+        for modality, value in given.items():
+            if value is not None and modality not in self.sources:
+                raise InputError(f"the model takes no {modality}", fix=f"it takes {' and '.join(self.sources)}")
+        if all(value is None for value in given.values()):
+            raise InputError("there is nothing to run", fix=f"give {' and '.join(self.sources)}")
+        parts: dict[tuple[str, Any], Callable[[], dict[str, Array]]] = {}
+        if image is not None:
+            parts["image", image] = lambda: self.image_tensors(image)
+        if text is not None and not self.output.get("text_prompt"):
+            parts["text", (text, query.boxes)] = lambda: self.text_tensors(text, query.boxes)
+        if audio is not None:
+            parts["audio", audio] = lambda: audio_to_features(audio, self.program["audio"])
+        if tensors is not None:
+            parts["tensors", id(tensors)] = lambda: self._ready_made(tensors)
+        return parts
+
+    def image_tensors(self, image: Path | str | bytes) -> dict[str, Array]:
         spec = self.program["image"]
         return {spec["tensor"]: image_to_pixels(image, spec)}
 
-    def text_tensors(self, text: str) -> Tensors:
+    def text_tensors(self, text: str, boxes: tuple[tuple[int, int, int, int], ...] | None = None) -> dict[str, Array]:
         spec = self.program["text"]
-        ids = text_to_ids(text, spec, self.tokenizer)
-        mask = np.ones_like(ids)
-        padding = ((0, 0), (0, max(0, self.tokens - ids.shape[1])))
-        return {spec["ids"]: np.pad(ids, padding, constant_values=spec["pad_id"]), spec["mask"]: np.pad(mask, padding)}
+        assert self.tokenizer
+        return text_to_tensors(text, boxes, spec, self.tokenizer, self.fixed.get((spec["ids"], 1), 0))
 
-    def infer(self, tensors: Tensors) -> dict[str, NDArray[Any]]:
-        """All tensors that can be computed from `tensors`, by running the components whose inputs are there."""
+    def _ready_made(self, tensors: dict[str, Array]) -> dict[str, Array]:
+        wanted = self.sources["tensors"]
+        if wanted != tensors.keys():
+            raise InputError(f"tensors are {', '.join(tensors)}", fix=f"the model takes {', '.join(sorted(wanted))}")
+        return {name: np.asarray(value)[None] for name, value in tensors.items()}
+
+    def infer(self, tensors: Tensors) -> dict[str, Array]:
+        """All tensors that can be computed from `tensors`, by running the components whose inputs are there.
+
+        A decoder that generates is not run: `generate` does that.
+        """
         known = dict(tensors)
-        for component, call in self.components:
-            outputs = [port["name"] for port in component["outputs"]]
-            ready = all(port["name"] in known for port in component["inputs"])
-            if ready and not all(name in known for name in outputs):
-                known.update({name: value.copy() for name, value in call(known).items()})
+        for name, (spec, call) in self.components.items():
+            ready = all(port["name"] in known for port in spec["inputs"])
+            if name != self.decoder and ready and not all(port["name"] in known for port in spec["outputs"]):
+                if self.observe:
+                    self.observe(name, {port["name"]: known[port["name"]] for port in spec["inputs"]})
+                known.update({out: value.copy() for out, value in call(known).items()})
         return known
+
+    def generate(self, known: Tensors, prompt_text: str | None = None) -> list[int]:
+        """Token ids that the decoder makes of one sample's tensors, without prompt and end."""
+        spec, call = self.components[self.decoder or ""]
+        if {port["name"] for port in spec["inputs"]} - self.own - known.keys():
+            raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
+        prompt = list(self.output["prompt"])
+        if prompt_text:
+            assert self.tokenizer
+            prompt += self.tokenizer.encode(prompt_text, add_special_tokens=False).ids
+        if self.observe:
+            plain, observe = call, self.observe
+
+            def call(tensors: Tensors) -> dict[str, Array]:
+                observe(spec["name"], {port["name"]: np.copy(tensors[port["name"]]) for port in spec["inputs"]})
+                return plain(tensors)
+
+        return generate(call, spec, self.output, known, prompt)
+
+    def complete(self, tensors: Tensors, prompt_text: str | None = None) -> Any:
+        """From pre-processed tensors to all that the model computes of them: what a latency measurement times."""
+        known = self.infer(tensors)
+        prompt_text = prompt_text if self.output.get("text_prompt") else None
+        return self.generate(known, prompt_text) if self.decoder else known
+
+    def _evaluate(self, queries: Sequence[Query]) -> list[dict[str, Array]]:
+        """The tensors that the answer needs, of each query.
+
+        Each distinct medium is encoded once; what joins modalities runs in batches of equal shapes.
+        """
+        if not queries:
+            raise InputError("there is nothing to run", fix="give at least one input")
+        parts = [self._parts(q) for q in queries]
+        distinct = {key: make for part in parts for key, make in part.items()}
+        wanted, answer = self._wanted()
+        encoded: dict[tuple[str, Any], dict[str, Array]] = {}
+        for key, make in distinct.items():
+            known = self.infer(make())
+            encoded[key] = {name: value for name, value in known.items() if name in wanted}
+        rows = [{n: v for key in part for n, v in encoded[key].items()} for part in parts]
+        batch = min(
+            (self.fixed.get((p["name"], 0), MAX_BATCH) for s, _ in self.components.values() for p in s["inputs"]),
+            default=MAX_BATCH,
+        )
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            alike[tuple((n, v.shape) for n, v in row.items())].append(i)
+        for indices in alike.values():
+            for start in range(0, len(indices), batch):
+                chunk = indices[start : start + batch]
+                joined = self.infer({n: np.concatenate([rows[i][n] for i in chunk]) for n in rows[chunk[0]]})
+                for at, i in enumerate(chunk):
+                    rows[i] = {n: v[at : at + 1] for n, v in joined.items() if n in answer}
+        return rows
+
+    def _wanted(self) -> tuple[set[str], set[str]]:
+        """Tensors that must outlive the encoders, because they join modalities, and those that the answer needs."""
+        answer = set(self.needs)
+        origin = {name: {modality} for modality, names in self.sources.items() for name in names}
+        joining: set[str] = set()
+        for name, (spec, _) in self.components.items():
+            inputs = [port["name"] for port in spec["inputs"]]
+            from_ = set().union(*(origin.get(n, set()) for n in inputs))
+            if name == self.decoder:
+                answer |= set(inputs)
+            elif len(from_) > 1:
+                joining |= set(inputs)
+            origin |= {port["name"]: from_ for port in spec["outputs"]}
+        return joining | answer, answer
+
+    def _text_of(self, query: Query, known: Tensors) -> str:
+        if self.output["kind"] == "transcript":
+            ids = known[self.output["tensor"]][0].argmax(-1)
+            kept = ids[np.flatnonzero(np.diff(ids, prepend=-1))]  # CTC: repeats are one, blanks are none
+            ids = kept[kept != self.output["blank"]].tolist()
+        else:
+            ids = self.generate(known, query.text if self.output["text_prompt"] else None)
+        assert self.tokenizer
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return f"{query.text} {text}".strip() if query.text and self.output.get("text_prompt") else text
+
+    def _answer_of(self, query: Query, known: dict[str, Array]) -> Answer:
+        output, kind = self.output, self.output["kind"]
+        if kind in ("generation", "transcript"):
+            return Answer(self._text_of(query, known), None, {})
+        if kind == "labels":
+            if output["tensor"] not in known:
+                raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
+            logits = known[output["tensor"]][0]
+            best = int(logits.argmax())
+            return Answer(
+                output["labels"][best], float(_activate(logits, output["activation"])[best]), {output["tensor"]: logits}
+            )
+        names = list(output["tensors"].values() if kind == "embeddings" else output["tensors"])
+        found = {n: known[n][0] for n in (*names, output.get("match")) if n in known}
+        if not found:
+            raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
+        probability = None
+        if kind == "embeddings" and all(n in found for n in names):
+            if output["match"]:
+                probability = float(_activate(found[output["match"]], "softmax")[1])
+            elif output["activation"] == "sigmoid":
+                similarity = np.dot(found[names[0]], found[names[1]])
+                probability = float(_activate(output["scale"] * similarity + output["bias"], "sigmoid"))
+        return Answer(None, probability, found)
+
+
+def _activate(logits: Array, activation: str) -> Array:
+    if activation == "sigmoid":
+        return 1 / (1 + np.exp(-logits))
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def _stack(rows: list[Array]) -> Array:
+    """[1, ...] each -> [n, ...], shorter ones padded with zeros."""
+    largest = np.max([r.shape[1:] for r in rows], axis=0)
+    return np.concatenate(
+        [np.pad(r, [(0, 0), *((0, int(m) - s) for m, s in zip(largest, r.shape[1:], strict=True))]) for r in rows]
+    )
 
 
 class Directory(Mapping[str, bytes]):
@@ -159,16 +354,3 @@ def load_bundle(path: Path | str) -> Session:
     """Check a bundle, every byte of it, and compile it for this device."""
     bundle = read_bundle(Path(path))
     return Session(bundle.files, bundle.manifest["program"], str(path))
-
-
-def zeros(program: dict[str, Any]) -> Tensors:
-    """Inputs of the right shapes for one sample: dynamic batch 1, every other dynamic axis at its largest."""
-    made = {port["name"] for c in program["components"] for port in c["outputs"]}
-    return {
-        port["name"]: np.zeros(
-            [1 if n == "batch" else c["max_sizes"].get(n, n) for n in port["shape"]], np.dtype(port["dtype"])
-        )
-        for c in program["components"]
-        for port in c["inputs"]
-        if port["name"] not in made
-    }

@@ -12,24 +12,28 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.target import Target
 
+SHORT_TEXT = 64  # tokens
 
-def compile_engine(graph: Artifact, target: Target, runs: Path) -> Artifact:
+
+def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) -> Artifact:
     """Compile every component of `graph` for `target`.
 
-    The artifact holds the backend's files, tokenizer.json, and program.json with backend and settings.
+    precision   of the float parts
+    The artifact holds the backend's files, the tokenizer, and program.json with backend and settings.
     """
     backend = plugins.plugin("backends", target.backend)
-    settings = backend.settings(target)
+    settings = {"threads": target.threads, "precision": precision}
 
     def make(out: Path) -> None:
         program = graph.json("program.json")
         for component in program["components"]:
             log(f"compile {graph.manifest.kind} {component['name']} for {target.name}")
             if target.static:
-                fix_shapes(component)
+                fix_shapes(component, program)
             shapes = {port["name"]: port["shape"] for port in component["inputs"]} if target.static else {}
             backend.compile_component(graph.path / f"{component['name']}.onnx", out, shapes)
-        shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")
+        if (graph.path / "tokenizer.json").is_file():
+            shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")
         program |= {"backend": target.backend, "settings": settings}
         (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
 
@@ -43,8 +47,17 @@ def compile_engine(graph: Artifact, target: Target, runs: Path) -> Artifact:
     )
 
 
-def fix_shapes(component: dict[str, Any]) -> None:
-    """Batch 1 and the largest size of every other axis, in each port of a component of program.json."""
-    sizes = {**component["max_sizes"], "batch": 1}
+def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:
+    """Batch 1, and the most tokens of a text that is short anyhow, in each port of a component of program.json.
+
+    Other lengths stay dynamic: an image, a recording and a cache can't be padded without changing the answer,
+    and padding a text far over its length costs more than fixed shapes save.
+    """
+    if component["name"] == program["output"].get("decoder"):
+        return
+    sizes = {"batch": 1}
+    if (text := program.get("text")) and text.get("mask") and text["max_tokens"] <= SHORT_TEXT:
+        ids = [p for c in program["components"] for p in c["inputs"] if p["name"] == text["ids"]]
+        sizes |= {port["shape"][1]: text["max_tokens"] for port in ids if isinstance(port["shape"][1], str)}
     for port in (*component["inputs"], *component["outputs"]):
         port["shape"] = [sizes.get(n, n) for n in port["shape"]]

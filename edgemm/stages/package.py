@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
-from edgemm.data import split
+from edgemm.data import Sample, split
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
-from edgemm.runtime.session import Query, open_directory
+from edgemm.runtime.session import Array, Session, open_directory
 from edgemm.target import Target
 
 GOLDEN = 4
@@ -22,39 +27,33 @@ def package(
 ) -> Artifact:
     """The bundle of a verified engine: model.edgemm in the artifact.
 
-    Inside: the components, tokenizer.json, golden/ (inputs and expected logits), check.npz (the FP32
+    Inside: the components, tokenizer.json, golden/ (inputs and expected outputs), check.npz (the FP32
     model's outputs on the verification split, for `edgemm verify`), and manifest.json with the
     program, the parity certificate and provenance. Format: runtime/bundle.py.
     """
-    name = Path(recipe.model).name  # not the path: where the model lay is nobody's business on the device
+    # Names, not paths: where model and data lay is nobody's business on the device.
+    name, data = Path(recipe.model).name, Path(recipe.data or "").name
     report = TargetReport.model_validate(verified.json("target.json"))
     certificate = {"verdict": report.verdict, "accuracy": [a.model_dump(mode="json") for a in report.accuracy]}
     provenance = {
         "engine": engine.digest,
         "source": source.digest,
-        "recipe": recipe.model_copy(update={"model": name}).model_dump(mode="json", by_alias=True),
+        "recipe": recipe.model_copy(update={"model": name, "data": data}).model_dump(mode="json", by_alias=True),
         "target": target.model_dump(mode="json", by_alias=True),
         "versions": {**source.manifest.versions, **engine.manifest.versions},
     }
 
     def make(out: Path) -> None:
         log(f"package {recipe.model} for {target.name}")
-        _, samples = split(recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
-        payload = [n for n in engine.manifest.files if n != "program.json"]
-        files = {n: (engine.path / n).read_bytes() for n in payload}
-        golden = []
-        session = open_directory(engine.path)
-        for i, sample in enumerate(samples[:GOLDEN]):
-            image = f"golden/{i}{sample.image.suffix}"
-            files[image] = sample.image.read_bytes()
-            logits = session.logits([Query(sample.image, sample.text)])[0]
-            golden.append({"image": image, "text": sample.text, "logits": [float(f"{v:.6g}") for v in logits]})
-        files["golden/expected.json"] = json.dumps(golden, indent=1).encode()
+        program = engine.json("program.json")
+        _, samples = split(recipe, lambda: program)
+        files = {n: (engine.path / n).read_bytes() for n in engine.manifest.files if n != "program.json"}
+        files |= golden(samples[:GOLDEN], open_directory(engine.path))
         files["check.npz"] = (source.path / "reference.npz").read_bytes()
         manifest = {
             "model": name,
             "target": target.name,
-            "program": engine.json("program.json"),
+            "program": program,
             "certificate": certificate,
             "provenance": provenance,
         }
@@ -68,3 +67,33 @@ def package(
         config={"certificate": certificate, "provenance": provenance},
         make=make,
     )
+
+
+def golden(samples: list[Sample], session: Session) -> dict[str, bytes]:
+    """golden/inputs.json, the media and tensors that it names, and golden/expected.npz: "<i>.<output>" of sample i."""
+    files: dict[str, bytes] = {}
+    expected: dict[str, Array] = {}
+    cases = []
+    for i, sample in enumerate(samples):
+        case: dict[str, Any] = {} if sample.text is None else {"text": sample.text}
+        for modality, medium in (("image", sample.image), ("audio", sample.audio)):
+            if medium is not None:
+                case[modality] = f"golden/{i}.{modality}"
+                files[case[modality]] = medium if isinstance(medium, bytes) else medium.read_bytes()
+        if sample.boxes is not None:
+            case["boxes"] = sample.boxes
+        if sample.tensors is not None:
+            case["tensors"] = sorted(sample.tensors)
+            for name, value in sample.tensors.items():
+                files[f"golden/{i}.{name}.npy"] = array_bytes(np.save, value)
+        cases.append(case)
+        expected |= {f"{i}.{name}": value for name, value in session.outputs([sample.query]).items()}
+    files["golden/inputs.json"] = json.dumps(cases, indent=1).encode()
+    files["golden/expected.npz"] = array_bytes(np.savez, **expected)
+    return files
+
+
+def array_bytes(save: Callable[..., None], *args: Any, **kwargs: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *args, **kwargs)
+    return buffer.getvalue()

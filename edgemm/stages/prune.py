@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import split
-from edgemm.models import AttentionBlock, find_family, read_model, sizes
+from edgemm.models import AttentionBlock, find_family, is_torch, open_fp32, read_model, sizes
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Layer, Pruning
 
 
 def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
-    """Apply the recipe's pruners to the model of `source`.
+    """Apply the recipe's pruners to the model of `source`; without any, or without torch modules, `source` itself.
 
-    The artifact holds model/, smaller, and pruning.json (report/schema.py: Pruning).
+    The artifact holds model/, smaller, program.json, and pruning.json (report/schema.py: Pruning).
     """
+    if not recipe.prune or not is_torch(source.path / "model"):
+        return source
     passes = [
         (plugins.plugin("pruners", p.use), plugins.options("pruners", p.use, p.values, f"{recipe.name}: prune.{i}"))
         for i, p in enumerate(recipe.prune)
@@ -28,18 +31,22 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         family = find_family(directory)
         model = read_model(family, directory)
         before, size_before = family.attentions(model), sizes(family, model)
-        calibration, _ = split(recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
+        calibration, _ = split(recipe, lambda: source.json("program.json"))
+        queries = [s.query for s in calibration]
         kept = {b.name: list(range(b.heads)) for b in before}
         scores: dict[str, list[float]] = {}
         for module, options in passes:
             log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
             changes = module.prune(
-                family.attentions(model), lambda: family.predict(model, directory, calibration), options
+                [b for b in family.attentions(model) if b.q],
+                lambda: open_fp32(family, model, directory).outputs(queries),
+                options,
             )
             for name, (score, heads) in changes.items():
                 scores.setdefault(name, score)
                 kept[name] = [kept[name][h] for h in heads]
-        family.save(model, out / "model", directory / "tokenizer.json")
+        family.save(model, out / "model", directory)
+        shutil.copyfile(source.path / "program.json", out / "program.json")
         size_after = sizes(family, model)
         report = Pruning(
             layers=tuple(layer(b, scores.get(b.name), kept[b.name]) for b in before),

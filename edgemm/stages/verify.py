@@ -9,7 +9,9 @@ import io
 import json
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from numpy.typing import NDArray
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
-from edgemm.data import Sample, split
+from edgemm.data import is_random, split
 from edgemm.errors import InputError
-from edgemm.recipe import Recipe, Verify
+from edgemm.parity import judge, read_reference
+from edgemm.recipe import Recipe
 from edgemm.report.schema import (
     Accuracy,
     BundleFile,
+    ComponentLatency,
     Gate,
     Latency,
     Memory,
@@ -38,9 +42,10 @@ from edgemm.runtime import measure
 from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.session import Query, Session, Tensors, open_directory
 from edgemm.target import Target
-from edgemm.verdict import at_least, at_most, compare, worst
+from edgemm.verdict import at_least, at_most, worst
 
 LATENCY_INPUTS = 20
+COMPONENT_INPUTS = 5
 GOLDEN_TOLERANCE = 0.05
 
 
@@ -60,19 +65,31 @@ def verify(
     """
 
     def make(out: Path) -> None:
-        _, samples = split(recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
-        reference = np.load(source.path / "reference.npz")
+        program = engine.json("program.json")
+        _, samples = split(recipe, lambda: program)
+        queries = [s.query for s in samples]
+        reference = read_reference((source.path / "reference.npz").read_bytes())
         session = open_directory(engine.path)
-        log(f"verify {target.name}: accuracy on {len(samples)} samples")
-        outputs = session.logits([Query(s.image, s.text) for s in samples])
-        accuracy = judge(outputs, reference, recipe.verify, recipe.seed)
+        notes = []
+        if not pruning:
+            why = "the model came as a graph, and pruning needs torch modules"
+            notes.append(f"nothing was pruned: {why if recipe.prune else 'the recipe has no pass for it'}")
+        if is_random(recipe):
+            accuracy: tuple[Accuracy, ...] = ()
+            notes.append(f"accuracy was not measured: {recipe.data} is noise")
+        else:
+            log(f"verify {target.name}: accuracy on {len(samples)} samples")
+            accuracy = judge(session.outputs(queries), reference, program, recipe)
         log(f"verify {target.name}: latency and memory against the FP32 graph")
-        latency = time_pair(open_directory(baseline.path), session, samples, recipe, target, source)
+        fp32 = open_directory(baseline.path)
+        inputs = [(session.tensors(q), q.text) for q in queries[:LATENCY_INPUTS]]
+        latency = time_pair(fp32, session, inputs, recipe, target, source)
         memory = Memory(
-            fp32_peak_mb=measure.peak_memory_mb(baseline.path), compressed_peak_mb=measure.peak_memory_mb(engine.path)
+            fp32_peak_mb=measure.peak_memory_mb(baseline.path, inputs[0][0]),
+            compressed_peak_mb=measure.peak_memory_mb(engine.path, inputs[0][0]),
         )
         size = Size(fp32_bytes=component_bytes(baseline), compressed_bytes=component_bytes(engine))
-        gates = (*accuracy_gates(accuracy), *budget_gates(target, latency, memory, size))
+        gates = (*accuracy_gates(accuracy, recipe), *budget_gates(target, latency, memory, size))
         report = TargetReport(
             name=target.name,
             verdict=worst([g.verdict for g in gates]),
@@ -83,6 +100,7 @@ def verify(
             pruning=pruning,
             gates=gates,
             bundle=None,
+            notes=tuple(notes),
         )
         (out / "target.json").write_text(report.model_dump_json(), encoding="utf-8")
 
@@ -92,6 +110,7 @@ def verify(
         parents=[engine, baseline, source],
         config={
             "verify": recipe.verify.model_dump(mode="json"),
+            "random": is_random(recipe),
             "target": target.model_dump(mode="json"),
             "host": host(),
         },
@@ -103,7 +122,7 @@ def verify(
 def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
     """Repeat a bundle's check on this machine: golden outputs, then accuracy against the FP32 outputs inside.
 
-    data   another data set than the one the bundle was verified on; it must have the same samples
+    data   another place of the data that the bundle was verified on; it must have the same samples
     Raises InputError when the samples here are not those that the FP32 outputs belong to.
     """
     content = read_bundle(bundle)
@@ -111,15 +130,24 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
     provenance = content.manifest["provenance"]
     recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{bundle}: provenance.recipe")
     target = plugins.validate(Target, provenance.get("target"), f"{bundle}: provenance.target")
-    golden = golden_gate(session, content.files)
-    _, samples = split(data or recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
-    reference = np.load(io.BytesIO(content.files["check.npz"]))
-    if [s.id for s in samples] != reference["ids"].tolist():
-        raise InputError(f"{data or recipe.data} is not the data that {bundle} was verified on", fix="leave out --data")
-    log(f"verify {target.name}: accuracy on {len(samples)} samples")
-    outputs = session.logits([Query(s.image, s.text) for s in samples])
-    accuracy = judge(outputs, reference, recipe.verify, recipe.seed)
-    gates = (golden, *accuracy_gates(accuracy))
+    if data is not None:
+        recipe = recipe.model_copy(update={"data": data})
+    gates = [golden_gate(session, content.files)]
+    notes = ["latency, memory and size are not measured: a bundle does not carry the FP32 graph"]
+    accuracy: tuple[Accuracy, ...] = ()
+    if is_random(recipe):
+        notes.append(f"accuracy is not measured: {recipe.data} is noise")
+    else:
+        _, samples = split(recipe, lambda: session.program)
+        reference = read_reference(content.files["check.npz"])
+        if [(s.id, s.group) for s in samples] != list(zip(reference.ids, reference.groups, strict=True)):
+            raise InputError(
+                f"{recipe.data} is not the data that {bundle} was verified on",
+                fix="leave out --data, or give that data",
+            )
+        log(f"verify {target.name}: accuracy on {len(samples)} samples")
+        accuracy = judge(session.outputs([s.query for s in samples]), reference, session.program, recipe)
+    gates += accuracy_gates(accuracy, recipe)
     return TargetReport(
         name=target.name,
         verdict=worst([g.verdict for g in gates]),
@@ -128,19 +156,28 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
         memory=None,
         size=None,
         pruning=None,
-        gates=gates,
+        gates=tuple(gates),
         bundle=BundleFile(path=str(bundle), sha256=content.sha256),
-        notes=("latency, memory and size are not measured: a bundle does not carry the FP32 graph",),
+        notes=tuple(notes),
     )
 
 
 def golden_gate(session: Session, files: Mapping[str, bytes]) -> Gate:
-    """Largest difference to the expected outputs of the golden inputs, relative to the largest output."""
+    """Largest difference to the expected outputs of the golden inputs, relative to the largest output.
+
+    Where the output is a text, the share of its letters that differ.
+    """
     worst_error = 0.0
-    for case in json.loads(files["golden/expected.json"]):
-        answer = session.run(image=files[case["image"]], text=case["text"])
-        expected = np.array(case["logits"])
-        worst_error = max(worst_error, float(np.abs(answer.logits - expected).max() / np.abs(expected).max()))
+    expected = np.load(io.BytesIO(files["golden/expected.npz"]))
+    for i, case in enumerate(json.loads(files["golden/inputs.json"])):
+        got = session.outputs([golden_query(case, i, files)])
+        for name, value in got.items():
+            want = expected[f"{i}.{name}"]
+            if value.dtype.kind == "U":
+                error = 1 - SequenceMatcher(None, str(want[0]), str(value[0])).ratio() if name == "text" else 0.0
+            else:
+                error = float(np.abs(value - want).max() / np.abs(want).max())
+            worst_error = max(worst_error, error)
     return Gate(
         name="golden outputs",
         value=worst_error,
@@ -151,80 +188,100 @@ def golden_gate(session: Session, files: Mapping[str, bytes]) -> Gate:
     )
 
 
-def judge(
-    outputs: NDArray[Any], recorded: Mapping[str, NDArray[Any]], recipe: Verify, seed: int
-) -> tuple[Accuracy, ...]:
-    """Every metric of the recipe with its verdict.
-
-    outputs   float32[n,A] of the compressed model
-    recorded  logits float32[n,A] of the FP32 model; labels, groups [n]; see stages/load.py
-    """
-    reference, labels, groups = recorded["logits"], recorded["labels"], recorded["groups"]
-    if not np.isfinite(outputs).all():
-        raise InputError(f"the compressed model gives {outputs[~np.isfinite(outputs)][0]}", fix="quantize less of it")
-    noise = float(((outputs - reference) ** 2).sum())
-    sqnr_db = 10 * float(np.log10(float((reference**2).sum()) / noise)) if noise else 200.0
-    rows = []
-    for limit in recipe.metrics:
-        metric = plugins.plugin("metrics", limit.use)
-        before, after = metric.values(reference, reference, labels), metric.values(outputs, reference, labels)
-        paired = compare(before, after, groups, margin=limit.margin, seed=seed, resamples=recipe.resamples)
-        rows.append(
-            Accuracy(
-                metric=limit.use,
-                unit=metric.UNIT,
-                n=paired.n,
-                clusters=paired.clusters,
-                n_required=paired.n_required,
-                fp32=float(before.mean()),
-                compressed=float(after.mean()),
-                drop=paired.drop,
-                drop_ci95_upper=paired.upper,
-                margin=limit.margin,
-                flips=float((outputs.argmax(1) != reference.argmax(1)).mean()),
-                sqnr_db=sqnr_db,
-                verdict=paired.verdict,
-            )
-        )
-    return tuple(rows)
+def golden_query(case: dict[str, Any], index: int, files: Mapping[str, bytes]) -> Query:
+    """A golden input; see stages/package.py."""
+    boxes = case.get("boxes")
+    tensors = {n: np.load(io.BytesIO(files[f"golden/{index}.{n}.npy"])) for n in case.get("tensors", ())}
+    return Query(
+        image=files[case["image"]] if "image" in case else None,
+        text=case.get("text"),
+        audio=files[case["audio"]] if "audio" in case else None,
+        boxes=tuple(tuple(b) for b in boxes) if boxes else None,
+        tensors=tensors or None,
+    )
 
 
 def time_pair(
-    fp32: Session, compressed: Session, samples: Sequence[Sample], recipe: Recipe, target: Target, source: Artifact
+    fp32: Session,
+    compressed: Session,
+    inputs: Sequence[tuple[Tensors, str | None]],
+    recipe: Recipe,
+    target: Target,
+    source: Artifact,
 ) -> Latency:
-    """Both models in ABBA blocks on the same inputs; torch beside them."""
-    inputs: list[Tensors] = [
-        {**compressed.image_tensors(s.image), **compressed.text_tensors(s.text)} for s in samples[:LATENCY_INPUTS]
-    ]
-    a, b = measure.abba(fp32.infer, compressed.infer, inputs, recipe.verify.rounds)
+    """Both models in ABBA blocks on the same inputs, whole and each component alone; torch beside them.
+
+    inputs   pre-processed tensors of a sample, and its text for models that go on from it
+    """
+
+    def whole(session: Session) -> Callable[[tuple[Tensors, str | None]], object]:
+        return lambda row: session.complete(*row)
+
+    a, b = measure.abba(whole(fp32), whole(compressed), inputs, recipe.verify.rounds)
     return Latency(
         fp32=percentiles(a),
         compressed=percentiles(b),
         speedup_p50=float(np.median(a) / np.median(b)),
         speedup_ci95=measure.ratio_interval(a, b, recipe.seed),
-        baseline=f"FP32 graph in {target.backend}, precision {target.precision}, {target.threads} threads",
+        baseline=f"FP32 graph in {target.backend}, precision f32, {target.threads} threads",
         threads=target.threads,
         torch_p50_ms=torch_p50_ms(source, inputs, target.threads),
+        components=time_components(fp32, compressed, inputs, recipe),
         samples_ms=Samples(fp32=rounded(a), compressed=rounded(b)),
     )
 
 
-def torch_p50_ms(source: Artifact, inputs: Sequence[Tensors], threads: int) -> float:
-    """Median of the FP32 model in torch, one input at a time."""
+def time_components(
+    fp32: Session, compressed: Session, inputs: Sequence[tuple[Tensors, str | None]], recipe: Recipe
+) -> tuple[ComponentLatency, ...]:
+    """Each component alone, on the inputs that it meets in the FP32 model."""
+    met: dict[str, list[Tensors]] = defaultdict(list)
+    fp32.observe = lambda name, tensors: met[name].append(tensors)
+    for row in inputs[:COMPONENT_INPUTS]:
+        fp32.complete(*row)
+    fp32.observe = None
+    rows = []
+    for name, calls in met.items():
+        step = max(1, len(calls) // LATENCY_INPUTS)
+        pair = fp32.components[name][1], compressed.components[name][1]
+        a, b = measure.abba(*pair, calls[::step][:LATENCY_INPUTS], max(4, recipe.verify.rounds // 3))
+        rows.append(
+            ComponentLatency(
+                name=name,
+                fp32_p50_ms=float(np.median(a)),
+                compressed_p50_ms=float(np.median(b)),
+                speedup_p50=float(np.median(a) / np.median(b)),
+                speedup_ci95=measure.ratio_interval(a, b, recipe.seed),
+            )
+        )
+    return tuple(rows)
+
+
+def torch_p50_ms(source: Artifact, inputs: Sequence[tuple[Tensors, str | None]], threads: int) -> float | None:
+    """Median of the FP32 model in torch, one input at a time; None for a model that came as a graph."""
     import torch
 
-    from edgemm.models import find_family, read_model
+    from edgemm.models import find_family, is_torch, open_fp32, read_model
 
     directory = source.path / "model"
-    model = read_model(find_family(directory), directory)
+    if not is_torch(directory):
+        return None
+    family = find_family(directory)
+    session = open_fp32(family, read_model(family, directory), directory)
     torch.set_num_threads(threads)
-    tensors = [{n: torch.from_numpy(v) for n, v in row.items()} for row in inputs]
-    with torch.inference_mode():
-        times, _ = measure.abba(lambda row: model(**row), lambda row: None, tensors, 2)
+    times, _ = measure.abba(lambda row: session.complete(*row), lambda row: None, inputs, 2)
     return statistics.median(times.flat)
 
 
-def accuracy_gates(rows: Sequence[Accuracy]) -> list[Gate]:
+def accuracy_gates(rows: Sequence[Accuracy], recipe: Recipe) -> list[Gate]:
+    """A gate a metric; one that can't pass when there is none."""
+    if not rows:
+        detail = f"not measured: {recipe.data} is noise"
+        return [
+            Gate(
+                name="accuracy", value=None, limit=recipe.verify.margin, unit="", verdict="INCONCLUSIVE", detail=detail
+            )
+        ]
     return [
         Gate(
             name=f"{row.metric} drop",

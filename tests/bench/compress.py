@@ -22,9 +22,10 @@ import torch
 from edgemm import console
 from edgemm.artifact import Artifact
 from edgemm.data import split
+from edgemm.metrics import accuracy
 from edgemm.models import find_family, read_model
 from edgemm.recipe import Recipe, load_recipe
-from edgemm.runtime.session import Query, Session, Tensors, open_directory
+from edgemm.runtime.session import Session, Tensors, open_directory
 from edgemm.stages.compile import compile_engine
 from edgemm.stages.export import export
 from edgemm.stages.load import load
@@ -44,7 +45,7 @@ def main() -> None:
     runs: Path = arguments.runs
     source = load(recipe, runs)
     graphs = variants(source, recipe, runs)
-    engines = {name: compile_engine(graph, target, runs) for name, graph in graphs.items()}
+    engines = {name: compile_engine(graph, target, "f32", runs) for name, graph in graphs.items()}
     if arguments.profile:
         for name in ("FP32", "pruned + INT8"):
             profile(name, engines[name])
@@ -66,23 +67,23 @@ def variants(source: Artifact, recipe: Recipe, runs: Path) -> dict[str, Artifact
 def compare(
     source: Artifact, graphs: dict[str, Artifact], engines: dict[str, Artifact], recipe: Recipe, threads: int
 ) -> None:
-    _, samples = split(recipe.data, recipe.calibration, recipe.seed, recipe.verify.limit)
+    _, samples = split(recipe, dict)
     sessions = {f"OpenVINO {name}": open_directory(engine.path) for name, engine in engines.items()}
     bf16 = {"threads": threads, "precision": "bf16"}
     sessions["OpenVINO bf16"] = open_directory(engines["FP32"].path, settings=bf16)
     for name in ("FP32", "pruned + INT8"):
         sessions[f"ONNX Runtime {name}"] = open_directory(graphs[name].path, settings={"threads": threads})
     first = next(iter(sessions.values()))
-    inputs = [{**first.image_tensors(s.image), **first.text_tensors(s.text)} for s in samples[:20]]
+    inputs = [first.tensors(s.query) for s in samples[:20]]
     calls: dict[str, Callable[[Tensors], Any]] = {name: session.infer for name, session in sessions.items()}
     calls["torch FP32"] = torch_call(source, threads)
     medians = {name: float(np.median(times)) for name, times in interleaved(calls, inputs).items()}
-    labels = np.load(source.path / "reference.npz")["labels"]
-    queries = [Query(s.image, s.text) for s in samples]
-    accuracy = {n: float((s.logits(queries).argmax(1) == labels).mean()) for n, s in sessions.items()}
+    targets = [s.label for s in samples]
+    queries = [s.query for s in samples]
+    right = {name: accuracy.values(s.outputs(queries), {}, targets) for name, s in sessions.items()}
     base = medians["OpenVINO FP32"]
     rows = (
-        (name, f"{base / ms:.2f}x", f"{ms:.2f}", f"{accuracy[name]:.4f}" if name in accuracy else "")
+        (name, f"{base / ms:.2f}x", f"{ms:.2f}", f"{right[name].mean():.4f}" if name in right else "")
         for name, ms in sorted(medians.items(), key=lambda item: -item[1])
     )
     console.table(f"one question, batch 1, {threads} threads", ("variant", "speed-up", "p50 ms here", "accuracy"), rows)
@@ -120,17 +121,17 @@ def profile(name: str, engine: Artifact) -> None:
 
     session: Session = open_directory(engine.path)
     recipe = load_recipe("reasoner")
-    _, samples = split(recipe.data, 1, 0, 50)
+    samples = split(recipe, dict)[1][:50]
     core = ov.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2, "PERF_COUNT": True}
     spent: dict[tuple[str, str, str], float] = defaultdict(float)
     requests = {
         c["name"]: core.compile_model(engine.path / f"{c['name']}.xml", "CPU", settings).create_infer_request()
-        for c, _ in session.components
+        for c, _ in session.components.values()
     }
     for sample in samples:
-        known = session.infer({**session.image_tensors(sample.image), **session.text_tensors(sample.text)})
-        for component, _ in session.components:
+        known = session.infer(session.tensors(sample.query))
+        for component, _ in session.components.values():
             request = requests[component["name"]]
             request.infer({port["name"]: known[port["name"]] for port in component["inputs"]})
             for row in request.profiling_info:

@@ -6,6 +6,7 @@ And every plug-in has what its group demands, so that a new file is held to it w
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import inspect
 import subprocess
@@ -28,7 +29,15 @@ GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
 FRAMEWORKS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "neural_compressor")
 NEVER_ON_THE_DEVICE = ("torch", "transformers", "onnx", "nncf", "neural_compressor", "onnxscript", "matplotlib")
 NOT_FOR_HELP = (*FRAMEWORKS, "matplotlib", "numpy", "PIL", "tokenizers", "safetensors", "easy_vqa")
-SHARED = ("edgemm.models", "edgemm.data")  # the dataclasses that plug-ins and stages hand to each other
+NO_PLUGINS = {  # what stages call a file for, where they don't call each of its group
+    "save": [("models", "onnx")],  # a graph from outside is not pruned
+    "samples": [("data", "manifest"), ("data", "noise")],  # the user's files, and noise
+}
+SHARED = (
+    "edgemm.models",
+    "edgemm.models._graph",
+    "edgemm.data",
+)  # the dataclasses that plug-ins and stages hand to each other
 
 
 @dataclass(frozen=True)
@@ -93,15 +102,15 @@ def may_import(module: str, imported: str) -> bool:
         return other == "core"
     if own in ("runtime", "report"):
         return other in ("core", own)
-    if own == "verdict":
-        return other in ("core", "report")
+    if own in ("verdict", "parity"):
+        return other in ("core", "report", "verdict")
     if own == "reasoner":
         return other in ("core", own) or imported == "edgemm.data"
     if own in GROUPS:
         its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
         return other in ("core", "runtime", "report", own) or imported in SHARED or its_own_model
     if own == "stages":
-        return other in ("core", "runtime", "report", "verdict") or imported in SHARED or imported == module
+        return other in ("core", "runtime", "report", "verdict", "parity") or imported in SHARED or imported == module
     if own in ("pipeline", "inspection"):
         return other not in ("pipeline", "inspection")
     return own in ("cli", "edgemm", "edgemm.__main__")
@@ -251,6 +260,7 @@ def parameters(**takes: str) -> list[Any]:
         for key, given in takes.items()
         for group, function in [key.split("__")]
         for name in names(group)
+        if (group, name) not in NO_PLUGINS.get(function, ())
     ]
 
 
@@ -258,17 +268,16 @@ def parameters(**takes: str) -> list[Any]:
     ("group", "name", "function", "given"),
     parameters(
         models__load="directory",
-        models__save="model directory tokenizer",
+        models__save="model directory source",
         models__components="model",
         models__attentions="model",
-        models__program="model",
-        models__predict="model directory samples",
+        models__program="model directory",
         pruners__prune="blocks run options",
         quantizers__quantize="model samples options",
+        quantizers__needs_samples="options",
         backends__compile_component="onnx_file out shapes",
-        backends__settings="target",
         backends__doctor="",
-        metrics__values="outputs reference labels",
+        metrics__values="outputs reference targets",
         data__samples="split",
     ),
 )
@@ -324,25 +333,74 @@ def test_backend_without_its_library_says_what_to_install(name: str) -> None:
     assert in_a_process(code) == "3 True\n3 True\n"
 
 
-@pytest.mark.parametrize("name", names("metrics"))
-def test_metric_gives_one_finite_value_a_sample_and_more_for_better(name: str) -> None:
-    metric = plugin("metrics", name)
+CASES = [
+    pytest.param(name, kind, id=f"{name}-{kind}")
+    for name in names("metrics")
+    for kind in plugin("metrics", name).OUTPUTS
+]
+
+
+def outputs_of(kind: str, n: int = 60) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Outputs that are all right, others that are all wrong, and the targets of `n` samples."""
     rng = np.random.default_rng(0)
-    reference = rng.standard_normal((200, 7)).astype(np.float32)
-    labels = reference.argmax(1)
-    before = reference.copy(), labels.copy()
-    good, bad = metric.values(reference, reference, labels), metric.values(-reference, reference, labels)
+    words = ("one", "two", "three", "four", "five")
+    if kind == "labels":
+        logits = np.eye(5, dtype=np.float32)[np.arange(n) % 5]
+        return (
+            {"logits": logits, "labels": words},
+            {"logits": -logits, "labels": words},
+            [words[i % 5] for i in range(n)],
+        )
+    if kind == "features":
+        rows = rng.standard_normal((n, 3, 4)).astype(np.float32)
+        return {"hidden": rows}, {"hidden": -rows}, [str(i) for i in range(n)]
+    if kind == "embeddings":
+        rows = np.eye(n, dtype=np.float32)
+        wrong = {"image": rows, "text": np.roll(rows, 20, 0)}
+        return {"image": rows, "text": rows.copy()}, wrong, [str(i) for i in range(n)]
+    right = [f"please press {words[i % 5]} for room number {i}" for i in range(n)]
+    return {"text": np.array(right)}, {"text": np.array(["quite another thing"] * n)}, right
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_metric_gives_one_finite_value_a_sample_and_more_for_better(name: str, kind: str) -> None:
+    """Of the FP32 model itself all is right: 1, or no error. Whatever is passed in stays as it is."""
+    metric = plugin("metrics", name)
+    right, wrong, targets = outputs_of(kind)
+    before = copy.deepcopy((right, wrong, targets))
+    good, bad = metric.values(right, right, targets), metric.values(wrong, right, targets)
     for values in (good, bad):
-        assert (values.shape, values.dtype) == ((200,), np.float64)
+        assert (values.shape, values.dtype) == ((60,), np.float64)
         assert np.isfinite(values).all()
-    assert good.mean() > bad.mean()
+    np.testing.assert_allclose(good, 1, atol=1e-6)
+    assert bad.mean() <= 0.5
+    np.testing.assert_array_equal(metric.values(wrong, right, targets), bad)
+    np.testing.assert_equal((right, wrong, targets), before)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_metric_says_whether_it_can_do_without_targets(name: str, kind: str) -> None:
+    metric = plugin("metrics", name)
+    right, wrong, targets = outputs_of(kind)
+    if getattr(metric, "NEEDS_TARGETS", True):
+        with pytest.raises(InputError, match="sample 7 has no target"):
+            metric.values(wrong, right, [*targets[:7], None, *targets[8:]])
+    else:
+        blind = metric.values(wrong, right, [None] * len(targets))
+        np.testing.assert_array_equal(blind, metric.values(wrong, right, targets))
+
+
+@pytest.mark.parametrize("name", names("metrics"))
+def test_metric_names_its_unit_and_the_outputs_that_it_judges(name: str) -> None:
+    metric = plugin("metrics", name)
     assert isinstance(metric.UNIT, str)
     assert metric.UNIT
-    np.testing.assert_array_equal(reference, before[0])
-    np.testing.assert_array_equal(labels, before[1])
+    assert set(metric.OUTPUTS) <= {"labels", "embeddings", "generation", "transcript", "features"}
+    assert metric.OUTPUTS
+    assert {type(getattr(metric, flag, False)) for flag in ("ERROR", "NEEDS_TARGETS")} == {bool}
 
 
-@pytest.mark.parametrize("name", names("data"))
+@pytest.mark.parametrize("name", [n for n in names("data") if ("data", n) not in NO_PLUGINS["samples"]])
 def test_data_has_two_splits_of_samples_that_exist_and_no_third(name: str) -> None:
     from edgemm.data import Sample
 

@@ -95,7 +95,7 @@ def test_a_harsh_recipe_fails_with_numbers_and_a_report(edgemm, main_job: Path, 
     stale = tmp_path / "out" / "x86-openvino" / "reasoner-x86-openvino.edgemm"
     stale.write_bytes(b"of an earlier run")
     recipe = tmp_path / "harsh.yaml"
-    recipe.write_text("prune: [{use: attention_heads, keep: 0.05}]\nverify: {rounds: 4}\n")
+    recipe.write_text("data: easy_vqa\nprune: [{use: attention_heads, keep: 0.05}]\nverify: {rounds: 4}\n")
     arguments = ("compress", "reasoner", "--target", "x86-openvino", "--recipe", recipe, "-o", tmp_path / "out")
     done = edgemm(*arguments, "--set", "calibration=300")
     assert done.returncode == 4, done.stderr

@@ -286,7 +286,7 @@ def test_saved_and_loaded_a_pruned_model_is_the_same(tmp_path: Path, score: str,
     model = tiny()
     cut(model, keep=keep, score=score)
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    reasoner.save(model, tmp_path / "model", tmp_path / "tokenizer.json")
+    reasoner.save(model, tmp_path / "model", tmp_path)
     family = find_family(tmp_path / "model")
     loaded = read_model(family, tmp_path / "model")
     assert family is reasoner
@@ -300,7 +300,7 @@ def test_saved_in_half_precision_a_pruned_model_loads_in_fp32(tmp_path: Path) ->
     model = tiny()
     cut(model, keep=0.5)
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    reasoner.save(model, tmp_path / "model", tmp_path / "tokenizer.json", half=True)
+    reasoner.save(model, tmp_path / "model", tmp_path, half=True)
     loaded = reasoner.load(tmp_path / "model")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(torch.equal(a.half(), b.half()) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

@@ -183,6 +183,6 @@ def test_slow_rounds_that_hit_both_do_not_widen_the_interval() -> None:
 
 def test_a_directory_that_holds_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError) as caught:
-        peak_memory_mb(tmp_path)
+        peak_memory_mb(tmp_path, {})
     assert str(tmp_path) in str(caught.value)
     assert "\n  fix: " in str(caught.value)

@@ -27,6 +27,7 @@ from edgemm.reasoner.model import Attention, FusionLayer, Reasoner, ReasonerConf
 from edgemm.reasoner.train import train
 from edgemm.recipe import Train
 from edgemm.runtime.preprocess import image_to_pixels
+from edgemm.runtime.program import ImageSpec
 
 CONCEPTS = ("blue", "circle", "red", "square")
 CONFIG = ReasonerConfig(
@@ -330,7 +331,7 @@ def test_each_answer_to_a_question_is_equally_likely_to_be_drawn(samples: list[S
 
 def test_pixels_are_what_the_runtime_makes_of_the_file(samples: list[Sample], model: Reasoner) -> None:
     corpus = Corpus.build(samples, validation_images=2, seed=3)
-    at_runtime = image_to_pixels(samples[0].image, reasoner.program(model)["image"])
+    at_runtime = image_to_pixels(samples[0].image, ImageSpec(**reasoner.program(model, Path())["image"]).model_dump())
     assert np.allclose(corpus.pixels([0]).numpy(), at_runtime, atol=1e-6)
 
 

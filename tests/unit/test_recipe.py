@@ -165,7 +165,6 @@ def test_pass_without_its_share_or_its_name_is_refused(tmp_path: Path) -> None:
         ("prune.0.use", "pruners"),
         ("quantize.use", "quantizers"),
         ("verify.metrics.0.use", "metrics"),
-        ("data", "data"),
     ],
 )
 @pytest.mark.parametrize("name", ["bogus", "", "../recipe", "__init__", "os", "Attention_Heads"])

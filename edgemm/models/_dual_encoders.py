@@ -1,0 +1,113 @@
+"""What dual encoders share: towers `vision_model`, `text_model`, `audio_model`, whose projected outputs are compared.
+
+They are read with eager attention: its MatMul, Softmax, MatMul is what OpenVINO and ONNX Runtime fuse. Of sdpa the
+exporter makes a third more nodes, and an IsNaN that OpenVINO does not fuse where there is a mask.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.bert.modeling_bert import BertAttention
+from transformers.models.clap.modeling_clap import ClapAudioAttention, ClapTextAttention
+from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.deit.modeling_deit import DeiTAttention
+from transformers.models.roberta.modeling_roberta import RobertaAttention
+from transformers.models.siglip.modeling_siglip import SiglipAttention
+from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaAttention
+
+from edgemm.models import AttentionBlock, Component, Tensor
+
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+MAX_BATCH = 64
+
+
+class Tower(nn.Module):
+    """An encoder of one modality and its projection -> float32[B,D] of unit length."""
+
+    def __init__(self, model: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.model, self.projection = model, projection
+
+    def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
+        embeds = self.projection(self.model(**inputs).pooler_output)
+        return embeds / embeds.norm(dim=-1, keepdim=True)
+
+
+class ImageTower(Tower):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.embed(pixel_values=pixel_values)
+
+
+class TextTower(Tower):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if attention_mask is not None:
+            # What transformers makes of it, but [B,1,1,T] and not [B,1,T,T], and without its index arithmetic.
+            tokens = attention_mask[:, None, None, :] == 1
+            attention_mask = torch.where(tokens, 0.0, torch.finfo(torch.float32).min)
+        return self.embed(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def image_encoder(model: Any, width: int) -> Component:
+    """pixel_values float32[B,3,H,W] -> image_embeds float32[B,`width`]."""
+    size = model.config.vision_config.image_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    pixels = Tensor("pixel_values", "float32", ("batch", 3, *sides))
+    tower = ImageTower(model.vision_model, getattr(model, "visual_projection", nn.Identity()))
+    embeds = Tensor("image_embeds", "float32", ("batch", width))
+    return Component("image_encoder", tower, (pixels,), (embeds,), {"batch": MAX_BATCH})
+
+
+def text_encoder(model: Any, width: int, tokens: int, *, mask: bool = False, fixed: bool = False) -> Component:
+    """input_ids (and attention_mask) int64[B,T] -> text_embeds float32[B,`width`]; T up to `tokens`, or `fixed`."""
+    shape = ("batch", tokens if fixed else "tokens")
+    names = ("input_ids", "attention_mask") if mask else ("input_ids",)
+    return Component(
+        "text_encoder",
+        TextTower(model.text_model, getattr(model, "text_projection", nn.Identity())),
+        tuple(Tensor(name, "int64", shape) for name in names),
+        (Tensor("text_embeds", "float32", ("batch", width)),),
+        {"batch": MAX_BATCH} if fixed else {"batch": MAX_BATCH, "tokens": tokens},
+        {"input_ids": model.config.text_config.vocab_size},
+    )
+
+
+def max_tokens(text: Any) -> int:
+    """Longest text in tokens by its config: RoBERTa and its kin count positions from pad_token_id + 1."""
+    taken = 0 if text.model_type == "bert" else text.pad_token_id + 1
+    return int(text.max_position_embeddings) - taken
+
+
+def attentions(model: Any) -> list[AttentionBlock]:
+    """Every attention layer of a dual encoder, or of a BERT or ViT that stands alone."""
+    return [block for name, module in model.named_modules() if (block := _attention(name, module))]
+
+
+def _attention(name: str, module: Any) -> AttentionBlock | None:
+    """Two kinds are listed and not pruned: q, k and v in one matrix, and a table of positions with a column a head."""
+
+    def block(modality: str, heads: int, head_dim: int, *prunable: Any) -> AttentionBlock:
+        return AttentionBlock(name, "self", modality, modality, heads, head_dim, *prunable)
+
+    if isinstance(module, (CLIPAttention, SiglipAttention)):
+        modality = "text" if name.startswith("text_model.") else "image"
+        linears = module.q_proj, module.k_proj, module.v_proj, module.out_proj
+        return block(modality, module.num_heads, module.head_dim, *linears, partial(setattr, module, "num_heads"))
+    if isinstance(module, (ViTAttention, DeiTAttention)):
+        linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+        resize = partial(setattr, module, "num_attention_heads")
+        return block("image", module.num_attention_heads, module.head_dim, *linears, resize)
+    if isinstance(module, (BertAttention, RobertaAttention, XLMRobertaAttention, ClapTextAttention)):
+        inner = module.self
+        linears = inner.query, inner.key, inner.value, module.output.dense
+        resize = partial(setattr, inner, "num_attention_heads")
+        return block("text", inner.num_attention_heads, inner.attention_head_size, *linears, resize)
+    if isinstance(module, nn.MultiheadAttention):
+        return block("image", module.num_heads, module.head_dim)
+    if isinstance(module, ClapAudioAttention):
+        return block("audio", module.self.num_attention_heads, module.self.attention_head_size)
+    return None

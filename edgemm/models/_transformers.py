@@ -1,0 +1,127 @@
+"""What families whose weights are a transformers checkpoint share: reading and writing the directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from edgemm.errors import InputError
+from edgemm.models import AttentionBlock
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+PRUNED = "pruned_heads.json"
+
+
+def choose(directory: Path, classes: dict[str, type[PreTrainedModel]]) -> type[PreTrainedModel]:
+    """The class that config.json's `architectures` names; InputError listing `classes` when it is none of them."""
+    named = read_json(directory, "config.json").get("architectures") or ["(none)"]
+    if named[0] not in classes:
+        raise InputError(
+            f"{directory}: architecture {named[0]!r} is not known",
+            fix=f"known for this model_type: {', '.join(classes)}; any other goes in as an .onnx file "
+            "(edgemm compress model.onnx) or as a Python factory (edgemm compress package.module:factory)",
+        )
+    return classes[named[0]]
+
+
+def load(
+    directory: Path,
+    cls: type[PreTrainedModel],
+    attentions: Callable[[Any], list[AttentionBlock]],
+    prepare: Callable[[Any], object] = lambda model: None,
+    **options: Any,
+) -> Any:
+    """`cls.from_pretrained` in FP32 and eval mode, from this disk alone, and strictly: every tensor in its place.
+
+    attentions  of the family; heads that an earlier pruning removed are removed before the weights are read
+    prepare     what is done to a model once it is built, e.g. folding weight norm into the weights
+    options     for from_pretrained, e.g. attn_implementation="eager"
+    Pickles are read with weights_only=True, which runs no code from them. Raises InputError naming tensors
+    that are missing, left over or of another shape.
+    """
+    logging.disable_progress_bar()
+    if (directory / PRUNED).is_file():
+        return _load_pruned(directory, cls, attentions, prepare, **options)
+    model, info = cls.from_pretrained(
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # so that they are named below
+        output_loading_info=True,
+        **options,
+    )
+    for problem, names in (
+        ("lack", info["missing_keys"]),
+        ("have, and the model does not,", info["unexpected_keys"]),
+        ("have in another shape", [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]),
+    ):
+        if names:
+            raise InputError(
+                f"{directory}: the weights {problem} {', '.join(sorted(map(str, names))[:10])} ({len(names)} tensors)",
+                fix="save weights and config together, from the same model",
+            )
+    prepare(model.eval())
+    return model
+
+
+def _load_pruned(
+    directory: Path,
+    cls: type[PreTrainedModel],
+    attentions: Callable[[Any], list[AttentionBlock]],
+    prepare: Callable[[Any], object],
+    **options: Any,
+) -> Any:
+    from safetensors.torch import load_file
+
+    config = cls.config_class.from_pretrained(directory, **options)
+    model = cls(config).eval()
+    prepare(model)
+    pruned = read_json(directory, PRUNED)
+    for block in attentions(model):
+        if (heads := pruned.get(block.name)) is not None:
+            block.keep(list(range(heads)))
+    missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys)
+    if (missing := set(missing) - tied) or unexpected:
+        raise InputError(
+            f"{directory}: weights don't fit: {sorted(missing)[:5]} {sorted(unexpected)[:5]}",
+            fix="prune the model again",
+        )
+    return model
+
+
+def save(model: Any, directory: Path, source: Path, attentions: Callable[[Any], list[AttentionBlock]]) -> None:
+    """config.json, model.safetensors, the side files of `source`, and how many heads each layer has left."""
+    model.save_pretrained(directory, save_original_format=False)  # old tensor names would not fit what is read below
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    heads = {b.name: b.heads for b in attentions(model) if b.q is not None}
+    (directory / PRUNED).write_text(json.dumps(heads, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object in the model's directory; InputError when there is none."""
+    try:
+        values = json.loads((directory / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{directory}: cannot read {name}: {e}", fix=f"put the model's {name} there") from e
+    if not isinstance(values, dict):
+        raise InputError(f"{directory}: {name} holds no JSON object", fix=f"put the model's {name} there")
+    return values

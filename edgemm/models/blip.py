@@ -1,0 +1,198 @@
+"""BLIP (Li et al. 2022): question answering, captioning and image-text retrieval.
+
+Its generate() hears no generation_config.json: text is made greedily from bos to sep, and a caption goes on from a
+text where there is one. What pads a question is hidden from the answer too, as in training; generate() shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextAttention
+
+from edgemm.models import AttentionBlock, Component, _transformers
+from edgemm.models import Tensor as Port
+from edgemm.models._decoder import (
+    DEFAULT_NEW_TOKENS,
+    HIDDEN,
+    MAX_BATCH,
+    CachedDecoder,
+    Settings,
+    attend,
+    cache_ports,
+    causal,
+    decoder,
+    heads,
+)
+from edgemm.models._processors import image_spec, text_spec
+
+CLASSES = {c.__name__: c for c in (BlipForQuestionAnswering, BlipForConditionalGeneration, BlipForImageTextRetrieval)}
+
+
+class ImageEncoder(nn.Module):
+    """-> image_tokens float32[B,P,D] and, with a projection, image_embeds float32[B,E] of unit length."""
+
+    def __init__(self, vision: nn.Module, projection: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.vision, self.projection = vision, projection
+
+    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        tokens = self.vision(pixel_values).last_hidden_state
+        return (tokens, F.normalize(self.projection(tokens[:, 0]), dim=-1)) if self.projection else tokens
+
+
+class TextEncoder(nn.Module):
+    """BERT, whose layers attend to the image where it is given -> float32[B,T,D], or what `head` makes of a text."""
+
+    def __init__(self, text: Any, head: nn.Linear | None = None, *, normalize: bool = False) -> None:
+        super().__init__()
+        self.embeddings, self.layers, self.head, self.normalize = text.embeddings, text.encoder.layer, head, normalize
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+        states, mask = self.embeddings(input_ids), padding(attention_mask)
+        for layer in self.layers:
+            states = layer(states, image_tokens, attention_mask=mask)
+        if self.head is None:
+            return states
+        out: Tensor = self.head(states[:, 0])
+        return F.normalize(out, dim=-1) if self.normalize else out
+
+
+class CrossCache(nn.Module):
+    """Keys and values of every decoder layer's cross-attention, float32[B,H,K,d]: the same for the whole text."""
+
+    def __init__(self, text_decoder: Any) -> None:
+        super().__init__()
+        self.attentions: Any = nn.ModuleList(layer.crossattention.self for layer in text_decoder.bert.encoder.layer)
+
+    def forward(self, image_tokens: Any = None, question_states: Any = None) -> tuple[Tensor, ...]:
+        states = image_tokens if question_states is None else question_states
+        return tuple(heads(of(states), a.attention_head_size) for a in self.attentions for of in (a.key, a.value))
+
+
+class Decoder(CachedDecoder):
+    """The text decoder; `attention_mask` hides what pads the question."""
+
+    layers: Any
+
+    def decode(
+        self,
+        decoder_input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
+        **cache: Tensor,
+    ) -> tuple[Tensor, ...]:
+        states = self.embed(decoder_input_ids, position_ids)
+        mask = causal(decoder_attention_mask, cache["past_key_0"].shape[2], decoder_input_ids.shape[1])
+        cross_mask = None if attention_mask is None else padding(attention_mask)
+        present = []
+        for i, layer in enumerate(self.layers):
+            own, other = layer.attention.self, layer.crossattention.self
+            size = own.attention_head_size
+            key = torch.cat([cache[f"past_key_{i}"], heads(own.key(states), size)], 2)
+            value = torch.cat([cache[f"past_value_{i}"], heads(own.value(states), size)], 2)
+            query = heads(own.query(states) * size**-0.5, size)
+            states = layer.attention.output(attend(query, key, value, mask), states)
+            query = heads(other.query(states) * size**-0.5, size)
+            seen = attend(query, cache[f"cross_key_{i}"], cache[f"cross_value_{i}"], cross_mask)
+            states = layer.feed_forward_chunk(layer.crossattention.output(seen, states))
+            present += [key, value]
+        return self.head(states[:, -1]), *present
+
+
+def padding(mask: Tensor) -> Tensor:
+    """int64[B,K], 0 at padding -> float32[B,1,1,K] to add to scores."""
+    return (1.0 - mask[:, None, None].float()) * HIDDEN
+
+
+def load(directory: Path) -> Any:
+    return _transformers.load(directory, _transformers.choose(directory, CLASSES), attentions)
+
+
+def save(model: Any, directory: Path, source: Path) -> None:
+    _transformers.save(model, directory, source, attentions)
+
+
+def components(model: Any) -> list[Component]:
+    vision, text = model.config.vision_config, model.config.text_config
+    sizes, high = {"batch": MAX_BATCH, "words": text.max_position_embeddings}, {"input_ids": text.vocab_size}
+    pixels = Port("pixel_values", "float32", ("batch", 3, vision.image_size, vision.image_size))
+    places = 1 + (vision.image_size // vision.patch_size) ** 2
+    image = Port("image_tokens", "float32", ("batch", places, vision.hidden_size))
+    ids, mask = (Port(name, "int64", ("batch", "words")) for name in ("input_ids", "attention_mask"))
+    if isinstance(model, BlipForImageTextRetrieval):
+        width = model.config.image_text_hidden_size
+        image_embeds, text_embeds = (Port(f"{m}_embeds", "float32", ("batch", width)) for m in ("image", "text"))
+        match, matcher = Port("match_logits", "float32", ("batch", 2)), TextEncoder(model.text_encoder, model.itm_head)
+        image_encoder = ImageEncoder(model.vision_model, model.vision_proj)
+        text_encoder = TextEncoder(model.text_encoder, model.text_proj, normalize=True)
+        return [
+            Component("image_encoder", image_encoder, (pixels,), (image, image_embeds), sizes),
+            Component("text_encoder", text_encoder, (ids, mask), (text_embeds,), sizes, high),
+            Component("fusion", matcher, (ids, mask, image), (match,), sizes, high),
+        ]
+    encoder = Component("image_encoder", ImageEncoder(model.vision_model), (pixels,), (image,), sizes)
+    if isinstance(model, BlipForConditionalGeneration):
+        return [encoder, *_generation(model.text_decoder, image)]
+    question = Port("question_states", "float32", ("batch", "words", text.hidden_size))
+    fusion = Component("fusion", TextEncoder(model.text_encoder), (ids, mask, image), (question,), sizes, high)
+    return [encoder, fusion, *_generation(model.text_decoder, question, mask)]
+
+
+def _generation(text_decoder: Any, states: Port, *masks: Port) -> list[Component]:
+    """cross_cache and decoder, which tells of `states`."""
+    config, cache = text_decoder.config, CrossCache(text_decoder)
+    embed, layers, head = text_decoder.bert.embeddings, text_decoder.bert.encoder.layer, text_decoder.cls
+    own, other = (
+        [(a.num_attention_heads, a.attention_head_size) for a in attentions]
+        for attentions in ([layer.attention.self for layer in layers], cache.attentions)
+    )
+    cross, most = cache_ports("cross", other, states.shape[1]), config.max_position_embeddings
+    plain = decoder(embed, layers, head, own, (*masks, *cross), vocabulary=config.vocab_size, positions=most)
+    module = Decoder(embed, layers, head, [port.name for port in plain.inputs])
+    sizes = {**plain.max_sizes, "words": most}
+    return [Component("cross_cache", cache, (states,), cross, sizes), replace(plain, module=module, max_sizes=sizes)]
+
+
+def attentions(model: Any) -> list[AttentionBlock]:
+    """Every layer. The image encoder's q, k and v are one matrix: it is listed and not pruned."""
+    blocks = []
+    for name, module in model.named_modules():
+        if isinstance(module, BlipAttention):
+            blocks.append(AttentionBlock(name, "self", "image", "image", module.num_heads, module.head_dim))
+        elif isinstance(module, BlipTextAttention):
+            inner = module.self
+            linears = inner.query, inner.key, inner.value, module.output.dense
+            sizes, resize = (inner.num_attention_heads, inner.attention_head_size), partial(_resize, inner)
+            cross = name.endswith("crossattention")
+            keys = "image" if cross else "text"
+            if cross and isinstance(model, BlipForQuestionAnswering) and name.startswith("text_decoder"):
+                keys = "text+image"  # the question's states, which have seen the image
+            blocks.append(AttentionBlock(name, "cross" if cross else "self", "text", keys, *sizes, *linears, resize))
+    return blocks
+
+
+def _resize(module: Any, count: int) -> None:
+    module.num_attention_heads, module.all_head_size = count, count * module.attention_head_size
+
+
+def program(model: Any, directory: Path) -> dict[str, Any]:
+    config = model.config.text_config
+    embeds = {"image": "image_embeds", "text": "text_embeds"}
+    output: dict[str, Any] = {"kind": "embeddings", "tensors": embeds, "match": "match_logits"}
+    if not isinstance(model, BlipForImageTextRetrieval):
+        settings = Settings(eos_token_id=config.sep_token_id)
+        output = settings.generation(config.num_hidden_layers, [config.bos_token_id], DEFAULT_NEW_TOKENS)
+        output["text_prompt"] = isinstance(model, BlipForConditionalGeneration)
+    most = config.max_position_embeddings
+    text = text_spec(directory, ids="input_ids", mask="attention_mask", max_tokens=most)
+    return {"image": image_spec(directory), "text": text, "output": output}

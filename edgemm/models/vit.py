@@ -1,0 +1,42 @@
+"""Vision Transformer (Dosovitskiy et al. 2021): image classes, or the hidden state of every patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import ViTForImageClassification, ViTModel
+
+from edgemm.models import Component, Tensor, _transformers
+from edgemm.models._dual_encoders import EAGER, attentions
+from edgemm.models._encoders import MAX_BATCH, ImageEncoder, output, output_port
+from edgemm.models._processors import image_spec
+
+CLASSES = {"ViTForImageClassification": ViTForImageClassification, "ViTModel": ViTModel}
+
+
+def load(directory: Path) -> Any:
+    cls = _transformers.choose(directory, CLASSES)
+    options: dict[str, Any] = {"add_pooling_layer": False} if cls is ViTModel else {}
+    return _transformers.load(directory, cls, attentions, **EAGER, **options)
+
+
+def save(model: Any, directory: Path, source: Path) -> None:
+    _transformers.save(model, directory, source, attentions)
+
+
+def components(model: Any) -> list[Component]:
+    config = model.config
+    pixels = Tensor("pixel_values", "float32", ("batch", config.num_channels, config.image_size, config.image_size))
+    made = output_port(model, features(model))
+    return [Component("image_encoder", ImageEncoder(model), (pixels,), (made,), {"batch": MAX_BATCH})]
+
+
+def features(model: Any) -> Tensor:
+    """The class token and one token a patch."""
+    patches = (model.config.image_size // model.config.patch_size) ** 2
+    return Tensor("image_tokens", "float32", ("batch", 1 + patches, model.config.hidden_size))
+
+
+def program(model: Any, directory: Path) -> dict[str, Any]:
+    return {"image": image_spec(directory, "pixel_values"), "output": output(model, features(model))}

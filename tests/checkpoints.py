@@ -1,0 +1,133 @@
+"""Checkpoints of seeded random weights, as a user has them on disk: tiny ones for tests, full-size ones for speed.
+
+With random weights a model's answers mean nothing: what they are good for is export, compilation and latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz?",
+    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+]
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def write(name: str, directory: Path, *, full: bool = False) -> Path:
+    """The checkpoint `name` of MODELS in `directory`: config, weights, tokenizer and processors."""
+    torch.manual_seed(0)
+    model, processors = MODELS[name](full)
+    model.eval().save_pretrained(directory)
+    for processor in processors:
+        processor.save_pretrained(directory)
+    return directory
+
+
+def bert_tokenizer() -> Any:
+    return tf.BertTokenizer(vocab={w: i for i, w in enumerate(WORDS)})
+
+
+def clip(full: bool) -> tuple[Any, list[Any]]:
+    """ViT-B/32 when full."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz?,."]
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    tokenizer = tf.CLIPTokenizer(vocab={w: i for i, w in enumerate(names)}, merges=[])
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    if full:
+        side, config = 224, tf.CLIPConfig(text_config=ids)
+    else:
+        side = 32
+        text = {**TINY, **ids, "vocab_size": len(names), "max_position_embeddings": 32}
+        config = tf.CLIPConfig(
+            text_config=text, vision_config={**TINY, "image_size": side, "patch_size": 8}, projection_dim=16
+        )
+    processor = tf.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return tf.CLIPModel(config), [tokenizer, processor]
+
+
+def vilt(full: bool) -> tuple[Any, list[Any]]:
+    """ViLT-B/32 for VQA v2's 3,129 answers when full."""
+    answers = 3129 if full else 7
+    labels = {
+        "id2label": {i: f"answer {i}" for i in range(answers)},
+        "label2id": {f"answer {i}": i for i in range(answers)},
+    }
+    small = {} if full else {**TINY, "image_size": 64, "patch_size": 16, "vocab_size": len(WORDS)}
+    processor = tf.ViltImageProcessorPil(size={"shortest_edge": 384 if full else 64}, size_divisor=32 if full else 16)
+    return tf.ViltForQuestionAnswering(tf.ViltConfig(**small, **labels)), [bert_tokenizer(), processor]
+
+
+def blip(full: bool) -> tuple[Any, list[Any]]:
+    """BLIP base for VQA when full."""
+    side = 384 if full else 32
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    if full:
+        config = tf.BlipConfig(text_config=ids, vision_config={"image_size": side})
+    else:
+        text = {**TINY, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 32, "encoder_hidden_size": 32}
+        vision = {**TINY, "image_size": side, "patch_size": 16}
+        config = tf.BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = tf.BlipForQuestionAnswering(config)
+    model.generation_config = tf.GenerationConfig(bos_token_id=2, eos_token_id=3, pad_token_id=0, max_new_tokens=8)
+    processor = tf.BlipImageProcessorPil(size={"height": side, "width": side})
+    return model, [bert_tokenizer(), processor]
+
+
+def wav2vec2(full: bool) -> tuple[Any, list[Any]]:
+    """wav2vec 2.0 base with a CTC head when full."""
+    small = (
+        {}
+        if full
+        else {**TINY, "conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    )
+    config = tf.Wav2Vec2Config(**small, vocab_size=len(WORDS), pad_token_id=0)
+    extractor = tf.Wav2Vec2FeatureExtractor(do_normalize=True)
+    return tf.Wav2Vec2ForCTC(config), [bert_tokenizer(), extractor]
+
+
+def vit(full: bool) -> tuple[Any, list[Any]]:
+    """ViT-B/16 for ImageNet's 1,000 classes when full."""
+    side = 224 if full else 32
+    small = {"num_labels": 1000} if full else {**TINY, "image_size": side, "patch_size": 8, "num_labels": 5}
+    processor = tf.ViTImageProcessorPil(size={"height": side, "width": side})
+    return tf.ViTForImageClassification(tf.ViTConfig(**small)), [processor]
+
+
+def resnet(full: bool) -> tuple[Any, list[Any]]:
+    """ResNet-50 when full."""
+    side = 224 if full else 64
+    small = (
+        {"num_labels": 1000}
+        if full
+        else {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
+    )
+    processor = tf.ConvNextImageProcessorPil(size={"shortest_edge": side}, crop_pct=0.875)
+    return tf.ResNetForImageClassification(tf.ResNetConfig(**small)), [processor]
+
+
+def bert(full: bool) -> tuple[Any, list[Any]]:
+    """BERT base without a head when full."""
+    small = {} if full else {**TINY, "vocab_size": len(WORDS), "max_position_embeddings": 32}
+    return tf.BertModel(tf.BertConfig(**small)), [bert_tokenizer()]
+
+
+MODELS: dict[str, Callable[[bool], tuple[Any, list[Any]]]] = {
+    "bert": bert,
+    "blip": blip,
+    "clip": clip,
+    "resnet": resnet,
+    "vilt": vilt,
+    "vit": vit,
+    "wav2vec2": wav2vec2,
+}
