@@ -1,9 +1,9 @@
-# make setup | demo | test | check | bench
+# make setup | demo | test | check | bench | bench-whisper
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench bench-whisper
 
 setup: .venv/.installed
 
@@ -26,3 +26,12 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
+
+bench-whisper: setup .venv/peers/.installed
+	$(BIN)/python tests/bench/whisper.py
+
+.venv/peers/.installed: constraints.txt
+	$(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt faster-whisper==1.2.1 optimum-intel==2.2.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0
+	.venv/peers/bin/pip uninstall --quiet -y torchvision
+	touch $@
