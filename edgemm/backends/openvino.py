@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgemm.errors import ToolchainError
@@ -9,18 +10,26 @@ from edgemm.errors import ToolchainError
 TOOLS = ("openvino",)
 
 
-def compile_component(onnx_file: Path, out: Path, shapes: dict[str, list[int | str]]) -> None:
+def compile_component(
+    onnx_file: Path, out: Path, shapes: Mapping[str, list[int | str]], cache: Mapping[str, str]
+) -> None:
     """Convert one component to `out`/<name>.xml and .bin, weights at the precision that the graph has.
 
     shapes   shape of each input by name, with a name for an axis that stays dynamic; empty keeps all as exported
+    cache    input -> the output that comes back as it in the next call: the graph keeps it (OpenVINO's variables)
     """
     try:
         import openvino as ov
+        from openvino.passes import MakeStateful, Manager
     except ImportError as e:
         raise ToolchainError("OpenVINO is not installed", fix="pip install 'edgemm[openvino]'") from e
     model = ov.Core().read_model(str(onnx_file))  # not convert_model, which sends telemetry
     if shapes:
         model.reshape({n: [-1 if isinstance(axis, str) else axis for axis in shape] for n, shape in shapes.items()})
+    if cache:
+        passes = Manager()
+        passes.register_pass(MakeStateful(dict(cache)))
+        passes.run_passes(model)
     ov.save_model(model, str(out / f"{onnx_file.stem}.xml"), compress_to_fp16=False)
 
 

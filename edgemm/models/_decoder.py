@@ -180,6 +180,7 @@ def decoder(
     *,
     vocabulary: int,
     positions: int,
+    keys: int = 0,
 ) -> Component:
     """The component `decoder`.
 
@@ -187,6 +188,7 @@ def decoder(
     sizes      (heads, head_dim) of each layer's self-attention
     cross      what the encoder makes, see cache_ports
     positions  the most tokens that the decoder has positions for
+    keys       the most keys of the cross-attention, where their number is an axis of that name
     """
     inputs = (
         Tensor("decoder_input_ids", "int64", ("batch", "tokens")),
@@ -198,6 +200,7 @@ def decoder(
     outputs = (Tensor("logits", "float32", ("batch", vocabulary)), *cache_ports("present", sizes, "total"))
     module = CachedDecoder(embed, layers, head, [port.name for port in inputs])
     max_sizes = {"batch": MAX_BATCH, "tokens": positions, "past": positions, "total": 2 * positions}
+    max_sizes |= {"keys": keys} if keys else {}
     high = {"decoder_input_ids": vocabulary, "position_ids": positions}
     return Component("decoder", module.eval(), inputs, outputs, max_sizes, high)
 

@@ -30,6 +30,7 @@ from edgemm.models._decoder import (
 
 CLASSES = {"WhisperForConditionalGeneration": WhisperForConditionalGeneration}
 FREQUENCY_MAX = 8000.0  # fixed in WhisperFeatureExtractor
+MERGED = "merged_padding"  # in config.json of a pruned model
 
 
 class WhisperSettings(Settings):
@@ -52,8 +53,43 @@ class AudioEncoder(nn.Module):
         self.cross = nn.ModuleList(BartKeys(layer.encoder_attn) for layer in model.model.decoder.layers)
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        states = self.encoder(input_features).last_hidden_state
+        return self.keys(self.encoder(input_features).last_hidden_state)
+
+    def keys(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(tensor for keys in self.cross for tensor in keys(states))
+
+
+class MergedPaddingEncoder(AudioEncoder):
+    """An AudioEncoder that takes the recording and the beginning of the silence after it, not 30 s.
+
+    input_features float32[B,M,F], which end with two positions of silence -> keys and values of n + m positions.
+
+    Whisper pads every recording to P = 1500 positions, and what the padding holds differs by the embedding of its
+    position alone. Of the P - n positions that were not given, m stay, one for `stride`: each has the weight of those
+    it stands for, whose logarithm is added to the scores of its key (proportional attention; ToMe, arXiv 2210.09461).
+    The decoder looks at what stays as it is: n + m keys.
+    """
+
+    def __init__(self, model: Any, stride: int) -> None:
+        super().__init__(model)
+        self.stride = stride
+
+    def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        encoder, total = self.encoder, self.encoder.embed_positions.num_embeddings
+        states = nn.functional.gelu(encoder.conv1(input_features))
+        states = nn.functional.gelu(encoder.conv2(states)).transpose(1, 2)
+        given = states.shape[1]
+        left = total - given
+        merged = left // self.stride + 1  # one at least, of no weight where nothing is left: the graph has no branch
+        silence = states[:, given - 2 : given - 1].expand(-1, merged, -1)  # the last one saw the edge
+        middles = given + ((2 * torch.arange(merged) + 1) * left).div(2 * merged, rounding_mode="floor")
+        positions = torch.cat([torch.arange(given), middles.clamp(max=total - 1)])
+        states = torch.cat([states, silence], 1) + encoder.embed_positions.weight[positions]
+        weight = torch.full((merged,), 1.0) * left / merged
+        bias = torch.cat([torch.zeros(given), weight.clamp(min=1e-6).log()])[None, None, None]
+        for layer in encoder.layers:
+            states = layer(states, bias)
+        return self.keys(encoder.layer_norm(states))
 
 
 class Embed(nn.Module):
@@ -76,14 +112,20 @@ def save(model: Any, directory: Path, source: Path) -> None:
 
 def components(model: Any) -> list[Component]:
     config, parts = model.config, model.model.decoder
-    features = Tensor("input_features", "float32", ("batch", config.num_mel_bins, 2 * config.max_source_positions))
+    positions, merged = config.max_source_positions, getattr(config, MERGED, None)
+    frames: int | str = "frames" if merged else 2 * positions
+    features = Tensor("input_features", "float32", ("batch", config.num_mel_bins, frames))
     own, cross = (
         [(a.num_heads, a.head_dim) for a in (getattr(layer, name) for layer in parts.layers)]
         for name in ("self_attn", "encoder_attn")
     )
-    made = cache_ports("cross", cross, config.max_source_positions)
+    made = cache_ports("cross", cross, "keys" if merged else positions)
+    encoder, sizes, least = AudioEncoder(model), {"batch": MAX_BATCH}, {}
+    if merged:
+        encoder, least = MergedPaddingEncoder(model, merged["stride"]), {"frames": 8}
+        sizes |= {"frames": 2 * positions}
     return [
-        Component("audio_encoder", AudioEncoder(model).eval(), (features,), made, {"batch": MAX_BATCH}),
+        Component("audio_encoder", encoder.eval(), (features,), made, sizes, min_sizes=least),
         decoder(
             Embed(parts.embed_tokens, parts.embed_positions),
             [BartLayer(layer, normalize_first=True) for layer in parts.layers],
@@ -92,8 +134,14 @@ def components(model: Any) -> list[Component]:
             made,
             vocabulary=config.vocab_size,
             positions=config.max_target_positions,
+            keys=positions if merged else 0,
         ),
     ]
+
+
+def merge_padding(model: Any, stride: int, tail: float) -> None:
+    """Let the encoder take the recording and `tail` s of silence, and one position for `stride` of what follows."""
+    setattr(model.config, MERGED, {"stride": stride, "tail": tail})
 
 
 def attentions(model: Any) -> list[AttentionBlock]:
@@ -145,6 +193,7 @@ def audio_spec(model: Any, directory: Path) -> dict[str, Any]:
         "sampling_rate": extractor.sampling_rate,
         "seconds": extractor.chunk_length,
         "pad": "silence",
+        "tail": getattr(config, MERGED, {}).get("tail"),
         "mel": {
             "n_fft": extractor.n_fft,
             "hop_length": extractor.hop_length,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,13 +31,14 @@ class Options(Strict):
 
 
 def prune(
-    blocks: list[AttentionBlock], run: Callable[[], object], options: Options
+    family: ModuleType, model: Any, run: Callable[[], object], options: Options
 ) -> dict[str, tuple[list[float], list[int]]]:
     """Remove the lowest-scored heads of the matched layers in place -> name: (scores of all heads, heads kept).
 
     run   passes the calibration data through the model once
     Raises InputError when a pattern in `layers` matches nothing.
     """
+    blocks = [b for b in family.attentions(model) if b.q]
     for pattern in options.layers:
         if not any(fnmatchcase(b.name, pattern) for b in blocks):
             raise InputError(

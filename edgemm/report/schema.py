@@ -53,7 +53,7 @@ class Samples(Strict):
 
 
 class ComponentLatency(Strict):
-    """One component alone, on inputs that it meets in the FP32 model."""
+    """One component alone, on inputs that it meets in its model; a decoder by the token, over a whole text."""
 
     name: str
     fp32_p50_ms: float

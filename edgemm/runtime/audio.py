@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from functools import cache
 from pathlib import Path
@@ -119,6 +120,8 @@ def audio_to_features(audio: Path | str | bytes, spec: dict[str, Any]) -> dict[s
     if spec["pad"] == "repeat":
         samples = np.tile(samples, longest // len(samples))
     heard = len(samples)
+    if spec["tail"] is not None:
+        longest = min(longest, math.ceil(heard / rate + spec["tail"]) * rate)
     if spec["pad"] != "none":
         samples = np.pad(samples, (0, longest - heard))
     shortest = spec["min_samples"] if mel is None else max(mel["hop_length"], mel["n_fft"] // 2 + 1)

@@ -110,6 +110,7 @@ class AudioSpec(Strict):
 
     seconds    longest input; a longer one is refused;  min_samples  shortest input, after resampling
     pad        none; silence: zeros up to `seconds`; repeat: the whole input again and again, then zeros
+    tail       s: under `silence` no more zeros than these and those that make whole seconds
     normalize  the waveform to zero mean and unit variance, before padding
     mask       tensor int64[1,T]: 1 where the input is, 0 where it was padded; for models that want one
     """
@@ -120,6 +121,7 @@ class AudioSpec(Strict):
     seconds: float = Field(gt=0, le=3_600)
     min_samples: Size = 1
     pad: Literal["none", "silence", "repeat"] = "none"
+    tail: float | None = Field(None, ge=0)
     normalize: bool = False
     mel: Mel | None = None
 

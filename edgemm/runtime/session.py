@@ -208,12 +208,15 @@ class Session:
         return known
 
     def generate(self, known: Tensors, prompt_text: str | None = None) -> list[int]:
-        """Token ids that the decoder makes of one sample's tensors, without prompt and end."""
+        """Token ids that the decoder makes of one sample's tensors, without prompt and end.
+
+        prompt_text   what the text begins with, for models that take such a one
+        """
         spec, call = self.components[self.decoder or ""]
         if {port["name"] for port in spec["inputs"]} - self.own - known.keys():
             raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
         prompt = list(self.output["prompt"])
-        if prompt_text:
+        if prompt_text and self.output["text_prompt"]:
             assert self.tokenizer
             prompt += self.tokenizer.encode(prompt_text, add_special_tokens=False).ids
         if self.observe:
@@ -228,7 +231,6 @@ class Session:
     def complete(self, tensors: Tensors, prompt_text: str | None = None) -> Any:
         """From pre-processed tensors to all that the model computes of them: what a latency measurement times."""
         known = self.infer(tensors)
-        prompt_text = prompt_text if self.output.get("text_prompt") else None
         return self.generate(known, prompt_text) if self.decoder else known
 
     def _evaluate(self, queries: Sequence[Query]) -> list[dict[str, Array]]:
@@ -282,7 +284,7 @@ class Session:
             kept = ids[np.flatnonzero(np.diff(ids, prepend=-1))]  # CTC: repeats are one, blanks are none
             ids = kept[kept != self.output["blank"]].tolist()
         else:
-            ids = self.generate(known, query.text if self.output["text_prompt"] else None)
+            ids = self.generate(known, query.text)
         assert self.tokenizer
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return f"{query.text} {text}".strip() if query.text and self.output.get("text_prompt") else text

@@ -31,7 +31,8 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
             if target.static:
                 fix_shapes(component, program)
             shapes = {port["name"]: port["shape"] for port in component["inputs"]} if target.static else {}
-            backend.compile_component(graph.path / f"{component['name']}.onnx", out, shapes)
+            cache = dict(program["output"]["cache"]) if is_decoder(component, program) else {}
+            backend.compile_component(graph.path / f"{component['name']}.onnx", out, shapes, cache)
         if (graph.path / "tokenizer.json").is_file():
             shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")
         program |= {"backend": target.backend, "settings": settings}
@@ -53,7 +54,7 @@ def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:
     Other lengths stay dynamic: an image, a recording and a cache can't be padded without changing the answer,
     and padding a text far over its length costs more than fixed shapes save.
     """
-    if component["name"] == program["output"].get("decoder"):
+    if is_decoder(component, program) and program["output"]["beams"] > 1:
         return
     sizes = {"batch": 1}
     if (text := program.get("text")) and text.get("mask") and text["max_tokens"] <= SHORT_TEXT:
@@ -61,3 +62,8 @@ def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:
         sizes |= {port["shape"][1]: text["max_tokens"] for port in ids if isinstance(port["shape"][1], str)}
     for port in (*component["inputs"], *component["outputs"]):
         port["shape"] = [sizes.get(n, n) for n in port["shape"]]
+
+
+def is_decoder(component: dict[str, Any], program: dict[str, Any]) -> bool:
+    """Whether this is the component that writes text token by token."""
+    return bool(component["name"] == program["output"].get("decoder"))

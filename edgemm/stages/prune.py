@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 
 from edgemm import plugins
@@ -37,16 +37,14 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         scores: dict[str, list[float]] = {}
         for module, options in passes:
             log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
-            changes = module.prune(
-                [b for b in family.attentions(model) if b.q],
-                lambda: open_fp32(family, model, directory).outputs(queries),
-                options,
-            )
+            run = lambda: open_fp32(family, model, directory).outputs(queries)  # noqa: E731
+            changes = module.prune(family, model, run, options)
             for name, (score, heads) in changes.items():
                 scores.setdefault(name, score)
                 kept[name] = [kept[name][h] for h in heads]
         family.save(model, out / "model", directory)
-        shutil.copyfile(source.path / "program.json", out / "program.json")
+        program = {**source.json("program.json"), **family.program(model, out / "model")}
+        (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
         size_after = sizes(family, model)
         report = Pruning(
             layers=tuple(layer(b, scores.get(b.name), kept[b.name]) for b in before),

@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,10 @@ def verify(
             accuracy = judge(session.outputs(queries), reference, program, recipe)
         log(f"verify {target.name}: latency and memory against the FP32 graph")
         fp32 = open_directory(baseline.path)
-        inputs = [(session.tensors(q), q.text) for q in queries[:LATENCY_INPUTS]]
-        latency = time_pair(fp32, session, inputs, recipe, target, source)
+        latency = time_pair(fp32, session, queries[:LATENCY_INPUTS], recipe, target, source)
         memory = Memory(
-            fp32_peak_mb=measure.peak_memory_mb(baseline.path, inputs[0][0]),
-            compressed_peak_mb=measure.peak_memory_mb(engine.path, inputs[0][0]),
+            fp32_peak_mb=measure.peak_memory_mb(baseline.path, fp32.tensors(queries[0])),
+            compressed_peak_mb=measure.peak_memory_mb(engine.path, session.tensors(queries[0])),
         )
         size = Size(fp32_bytes=component_bytes(baseline), compressed_bytes=component_bytes(engine))
         gates = (*accuracy_gates(accuracy, recipe), *budget_gates(target, latency, memory, size))
@@ -202,22 +202,16 @@ def golden_query(case: dict[str, Any], index: int, files: Mapping[str, bytes]) -
 
 
 def time_pair(
-    fp32: Session,
-    compressed: Session,
-    inputs: Sequence[tuple[Tensors, str | None]],
-    recipe: Recipe,
-    target: Target,
-    source: Artifact,
+    fp32: Session, compressed: Session, queries: Sequence[Query], recipe: Recipe, target: Target, source: Artifact
 ) -> Latency:
     """Both models in ABBA blocks on the same inputs, whole and each component alone; torch beside them.
 
-    inputs   pre-processed tensors of a sample, and its text for models that go on from it
+    Inputs are pre-processed beforehand, by each model's own program: pruning may have changed what it takes.
     """
-
-    def whole(session: Session) -> Callable[[tuple[Tensors, str | None]], object]:
-        return lambda row: session.complete(*row)
-
-    a, b = measure.abba(whole(fp32), whole(compressed), inputs, recipe.verify.rounds)
+    inputs = [(i, (fp32.tensors(q), q.text), (compressed.tensors(q), q.text)) for i, q in enumerate(queries)]
+    a, b = measure.abba(
+        lambda i: fp32.complete(*i[1]), lambda i: compressed.complete(*i[2]), inputs, recipe.verify.rounds
+    )
     return Latency(
         fp32=percentiles(a),
         compressed=percentiles(b),
@@ -225,27 +219,29 @@ def time_pair(
         speedup_ci95=measure.ratio_interval(a, b, recipe.seed),
         baseline=f"FP32 graph in {target.backend}, precision f32, {target.threads} threads",
         threads=target.threads,
-        torch_p50_ms=torch_p50_ms(source, inputs, target.threads),
+        torch_p50_ms=torch_p50_ms(source, [i[1] for i in inputs], target.threads),
         components=time_components(fp32, compressed, inputs, recipe),
         samples_ms=Samples(fp32=rounded(a), compressed=rounded(b)),
     )
 
 
 def time_components(
-    fp32: Session, compressed: Session, inputs: Sequence[tuple[Tensors, str | None]], recipe: Recipe
+    fp32: Session,
+    compressed: Session,
+    inputs: Sequence[tuple[int, tuple[Tensors, str | None], tuple[Tensors, str | None]]],
+    recipe: Recipe,
 ) -> tuple[ComponentLatency, ...]:
-    """Each component alone, on the inputs that it meets in the FP32 model."""
-    met: dict[str, list[Tensors]] = defaultdict(list)
-    fp32.observe = lambda name, tensors: met[name].append(tensors)
-    for row in inputs[:COMPONENT_INPUTS]:
-        fp32.complete(*row)
-    fp32.observe = None
-    rows = []
-    for name, calls in met.items():
-        step = max(1, len(calls) // LATENCY_INPUTS)
-        pair = fp32.components[name][1], compressed.components[name][1]
-        a, b = measure.abba(*pair, calls[::step][:LATENCY_INPUTS], max(4, recipe.verify.rounds // 3))
-        rows.append(
+    """Each component alone, on what it meets in its own model; a decoder over a whole text, by the token."""
+    rows = inputs[:COMPONENT_INPUTS]
+    of_fp32, of_compressed = alone(fp32, [r[1] for r in rows]), alone(compressed, [r[2] for r in rows])
+    found = []
+    for name, calls in of_fp32.items():
+        pairs = list(zip(calls, of_compressed[name], strict=True))
+        rounds = max(4, recipe.verify.rounds // 3)
+        a, b = measure.abba(lambda p: p[0][0](), lambda p: p[1][0](), pairs, rounds)
+        order = [pairs[i % measure.BLOCK % len(pairs)] for i in range(a.shape[1])]
+        a, b = a / [p[0][1] for p in order], b / [p[1][1] for p in order]
+        found.append(
             ComponentLatency(
                 name=name,
                 fp32_p50_ms=float(np.median(a)),
@@ -254,7 +250,26 @@ def time_components(
                 speedup_ci95=measure.ratio_interval(a, b, recipe.seed),
             )
         )
-    return tuple(rows)
+    return tuple(found)
+
+
+def alone(
+    session: Session, rows: Sequence[tuple[Tensors, str | None]]
+) -> dict[str, list[tuple[Callable[[], object], int]]]:
+    """What to call to run a component on what it meets in each row, and how many times that runs it."""
+    calls: dict[str, list[tuple[Callable[[], object], int]]] = defaultdict(list)
+    for tensors, text in rows:
+        met: list[tuple[str, Tensors]] = []
+        session.observe = lambda name, given, met=met: met.append((name, given))
+        session.complete(tensors, text)
+        session.observe = None
+        for name, given in met:
+            if name != session.decoder:
+                calls[name].append((partial(session.components[name][1], given), 1))
+        if session.decoder:
+            steps = sum(name == session.decoder for name, _ in met)
+            calls[session.decoder].append((partial(session.generate, session.infer(tensors), text), steps))
+    return calls
 
 
 def torch_p50_ms(source: Artifact, inputs: Sequence[tuple[Tensors, str | None]], threads: int) -> float | None:

@@ -82,7 +82,7 @@ def blocks(model: Reasoner) -> dict[str, AttentionBlock]:
 
 
 def cut(model: Reasoner, **options: Any) -> dict[str, tuple[list[float], list[int]]]:
-    return prune(reasoner.attentions(model), lambda: logits(model), Options(**options))
+    return prune(reasoner, model, lambda: logits(model), Options(**options))
 
 
 def shapes(model: Reasoner) -> dict[str, tuple[int, ...]]:
@@ -459,6 +459,6 @@ def test_attention_score_takes_its_hooks_away_when_the_data_fail() -> None:
         raise InputError("cannot read 1.png", fix="give a whole file")
 
     with pytest.raises(InputError, match=r"1\.png"):
-        prune(reasoner.attentions(model), broken, Options(keep=0.5, score="attention"))
+        prune(reasoner, model, broken, Options(keep=0.5, score="attention"))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert heads_left(model) == [4] * len(NAMES)

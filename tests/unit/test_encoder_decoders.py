@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import (
     DeiTConfig,
     DeiTModel,
@@ -29,10 +30,13 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from edgemm.backends import openvino as openvino_backend
 from edgemm.errors import InputError
 from edgemm.models import Component, vision_encoder_decoder, whisper
-from edgemm.models._graph import caller, onnx_export
-from edgemm.runtime import onnxruntime
+from edgemm.models._graph import caller, check, onnx_export
+from edgemm.plugins import plugin
+from edgemm.pruners import padding
+from edgemm.runtime import onnxruntime, openvino
 from edgemm.runtime.generation import generate
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Directory
@@ -494,3 +498,82 @@ def test_a_checkpoint_without_a_head_for_text_is_refused(directory, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["WhisperForAudioClassification"]}))
     with pytest.raises(InputError, match="'WhisperForAudioClassification' is not known"):
         whisper.load(tmp_path)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@every_model
+def test_openvino_keeps_the_cache_and_makes_the_same_texts(name, beams, directory, tmp_path):
+    """The cache is the engine's own: a new sample begins with an empty one, and beams change places in it."""
+    family, path = FAMILIES[name], directory(name)
+    model = family.load(path)
+    encoder, decoder = family.components(model)
+    output = program_of(family, model, path)["output"] | {"beams": beams}
+    onnx_export(decoder, tmp_path / "decoder.onnx", 18)
+    openvino_backend.compile_component(tmp_path / "decoder.onnx", tmp_path, {}, dict(output["cache"]))
+    assert (tmp_path / "decoder.xml").read_text().count('type="Assign"') == 2 * LAYERS
+    settings = {"threads": 1, "precision": "f32"}
+    decode = openvino.compile_component(Directory(tmp_path), decoder.spec(), settings)
+    encode = caller(encoder, path)
+    made = [
+        generate(decode, decoder.spec(), output, encode({encoder.inputs[0].name: sample}), output["prompt"])
+        for sample in media(encoder).numpy()[:, None]
+    ]
+    assert made == ours(family, model, path, beams=beams)
+
+
+def merged(directory: Callable[[str], Path], stride: int) -> tuple[Any, Component, Component]:
+    """A Whisper whose positions after the 20th are all alike, its encoder, and the one with merged padding."""
+    model = whisper.load(directory("whisper"))
+    positions = model.model.encoder.embed_positions.weight
+    positions.data[20:] = positions.data[20]
+    plain = whisper.components(model)[0]
+    whisper.merge_padding(model, stride, 0.1)
+    return model, plain, whisper.components(model)[0]
+
+
+def silent(frames: int) -> torch.Tensor:
+    """Features [2,M,100] that are silence from frame `frames` on."""
+    features = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(2))
+    features[:, :, frames:] = -1.5
+    return features
+
+
+@pytest.mark.parametrize("stride", [2, 3, 16, 1000])
+@torch.inference_mode()
+def test_merging_positions_that_are_alike_changes_nothing(stride, directory):
+    """Proportional attention over one of m equal keys, with weight m, is attention over all of them."""
+    _, plain, short = merged(directory, stride)
+    features = silent(40)
+    whole, part = plain.module(features), short.module(features[:, :, :48])
+    for before, after in zip(whole, part, strict=True):
+        assert after.shape[2] == 24 + (50 - 24) // stride + 1
+        torch.testing.assert_close(after[:, :, :20], before[:, :, :20], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_merging_where_nothing_is_padded_changes_nothing(directory):
+    _, plain, short = merged(directory, 16)
+    features = silent(100)
+    for before, after in zip(plain.module(features), short.module(features), strict=True):
+        torch.testing.assert_close(after[:, :, :50], before, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_padding_travels_with_the_checkpoint_and_its_graph(directory, tmp_path):
+    source, out = directory("whisper"), tmp_path / "model"
+    model = whisper.load(source)
+    padding.prune(whisper, model, lambda: None, padding.Options(stride=4, tail=0.1))
+    whisper.save(model, out, source)
+    again = whisper.load(out)
+    assert program_of(whisper, again, out)["audio"]["tail"] == 0.1
+    for component in whisper.components(again):
+        path = tmp_path / f"{component.name}.onnx"
+        onnx_export(component, path, 18)
+        check(component, path, 1e-4)
+
+
+def test_merging_padding_that_a_model_has_not_is_refused():
+    with pytest.raises(InputError, match="padding: vit does not pad its input"):
+        padding.prune(plugin("models", "vit"), None, lambda: None, padding.Options())
+    for bad in ({"stride": 1}, {"tail": 0.0}, {"keep": 1}):
+        with pytest.raises(ValidationError):
+            padding.Options(**bad)
