@@ -105,6 +105,14 @@ def _geometry(processor: Any, kind: str, where: str) -> dict[str, Any]:
     )
 
 
+def feature_extractor(cls: Any, directory: Path) -> Any:
+    """transformers' feature extractor of audio, of class `cls`; InputError when there is none that can be read."""
+    try:
+        return cls.from_pretrained(directory, local_files_only=True)
+    except UNREADABLE as e:
+        raise InputError(f"{directory}: cannot read preprocessor_config.json: {e}", fix="save it there") from e
+
+
 def text_spec(
     directory: Path,
     *,

@@ -11,10 +11,13 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
@@ -43,7 +46,15 @@ SIDE_FILES = (
     "processor_config.json",
 )
 LENGTHS = {"image": 224, "audio": 80_000, "tokens": 128, "mask": 128, "tensor": 128}  # of axes that may have any size
+AXES = {"image": ("batch", 3, "height", "width"), "audio": ("batch", "samples"), "tokens": ("batch", "tokens")}
 RATE = 16_000
+Dtype = Literal["float32", "int64", "int32", "bool"]
+TORCH_DTYPES: dict[str, Dtype] = {
+    "torch.float32": "float32",
+    "torch.int64": "int64",
+    "torch.int32": "int32",
+    "torch.bool": "bool",
+}
 TOLERANCE = 1e-4
 
 
@@ -58,23 +69,21 @@ def bring_in(model: str, kinds: Mapping[str, str], runs: Path | None) -> Path:
     if path.exists():
         files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
         beside = path if path.is_dir() else path.parent
-        parts = {
-            p.name: sha256_file(p)
-            for p in (*files, *_external(files), *(beside / n for n in SIDE_FILES))
-            if p.is_file()
-        }
+        graphs = read_graphs(files)
+        parts = {name: hashlib.sha256(graph.SerializeToString()).hexdigest() for name, graph in graphs.items()}
+        parts |= {n: sha256_file(beside / n) for n in SIDE_FILES if (beside / n).is_file()}
         config: dict[str, Any] = {"files": parts, "kinds": dict(kinds)}
 
         def make(out: Path) -> None:
-            for file in files:
-                onnx.save(read_graph(file), out / f"{_identifier(file.stem)}.onnx")
+            for name, graph in graphs.items():
+                onnx.save(graph, out / f"{name}.onnx")
             _describe(out, beside, kinds)
     else:
         module, inputs = call_factory(model)
         config = {"factory": model, "module": _digest(module, inputs), "kinds": dict(kinds)}
 
         def make(out: Path) -> None:
-            component = _component_of(module, inputs)
+            component = _component_of(module, inputs, model)
             onnx_export(component, out / "model.onnx", TARGET)
             check(component, out / "model.onnx", TOLERANCE)
             _describe(out, out, kinds)
@@ -82,13 +91,26 @@ def bring_in(model: str, kinds: Mapping[str, str], runs: Path | None) -> Path:
     return build("imported", runs, config=config, tools=("onnx", "torch"), make=make).path
 
 
+def read_graphs(files: list[Path]) -> dict[str, onnx.ModelProto]:
+    """Component name -> graph; InputError where two files would be one component."""
+    found: dict[str, Path] = {}
+    for file in files:
+        if (other := found.setdefault(_identifier(file.stem), file)) != file:
+            raise InputError(f"{other} and {file} have the same name: {_identifier(file.stem)}", fix="rename one")
+    return {name: read_graph(file) for name, file in found.items()}
+
+
 def read_graph(path: Path) -> onnx.ModelProto:
     """An ONNX file with its external data, checked, at opset 18 or newer.
 
-    Raises InputError for a file that is none, an opset that is too old or unknown, custom ops, and float16 weights.
+    Raises InputError for a file that is none, inputs or outputs of unknown rank, custom ops, an opset that is too old
+    or unknown, and weights that are 16 bits wide or NaN.
     """
     try:
         model = onnx.load(path)
+        for port in (*model.graph.input, *model.graph.output):
+            if port.type.HasField("tensor_type") and not port.type.tensor_type.HasField("shape"):
+                raise InputError(f"{path}: {port.name} has no known rank", fix="export with its number of axes")
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as e:
         raise InputError(f"{path}: no valid ONNX: {str(e).strip()[:500]}", fix="export it again") from e
@@ -107,11 +129,14 @@ def read_graph(path: Path) -> onnx.ModelProto:
     if opset < TARGET:
         try:
             model = onnx.version_converter.convert_version(model, TARGET)
-        except (RuntimeError, onnx.checker.ValidationError) as e:
+        except (RuntimeError, onnx.checker.ValidationError, onnx.version_converter.ConvertError) as e:
             raise InputError(f"{path}: opset {opset} can't be converted to {TARGET}: {e}", fix="export it again") from e
-    half = [i.name for i in model.graph.initializer if i.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)]
-    if half:
+    tensors = _tensors(model.graph)
+    if half := [t.name for t in tensors if t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)]:
         raise InputError(f"{path}: {half[0]} is 16 bits wide ({len(half)} tensors)", fix="export the FP32 model")
+    for tensor in tensors:  # infinity may stand in a mask
+        if tensor.data_type == TensorProto.FLOAT and np.isnan(onnx.numpy_helper.to_array(tensor)).any():
+            raise InputError(f"{path}: {tensor.name} holds NaN", fix="train or convert the model again")
     return model
 
 
@@ -126,17 +151,12 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return found
 
 
-def _external(files: list[Path]) -> list[Path]:
-    """The files of weights kept beside the graphs."""
-    found = set()
-    for file in files:
-        try:
-            graph = onnx.load(file, load_external_data=False).graph
-        except DecodeError:
-            continue  # read_graph says what is wrong
-        for tensor in graph.initializer:
-            found |= {file.parent / e.value for e in tensor.external_data if e.key == "location"}
-    return sorted(found)
+def _tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Weights and constants, those of inner graphs among them."""
+    nodes = _nodes(graph)
+    inner = [g for n in nodes for a in n.attribute for g in (a.g, *a.graphs)]
+    constants = [a.t for n in nodes for a in n.attribute if a.HasField("t")]
+    return [*(t for g in (graph, *inner) for t in g.initializer), *constants]
 
 
 def _describe(out: Path, beside: Path, kinds: Mapping[str, str]) -> None:
@@ -146,11 +166,16 @@ def _describe(out: Path, beside: Path, kinds: Mapping[str, str]) -> None:
             shutil.copyfile(beside / name, out / name)
     graphs = {p.stem: onnx.load(p).graph for p in sorted(out.glob("*.onnx"))}
     ports = {name: (_ports(g.input, g, name), _ports(g.output, g, name)) for name, g in graphs.items()}
+    _check_joints(ports)
     ordered = _in_order(ports)
     made = {p["name"] for _, outputs in ports.values() for p in outputs}
     sources = {p["name"]: p for name in ordered for p in ports[name][0] if p["name"] not in made}
     if unknown := sorted(kinds.keys() - sources.keys()):
         raise InputError(f"inputs.{unknown[0]}: no such input", fix=f"inputs: {', '.join(sources)}")
+    for name, kind in kinds.items():
+        shape = sources[name]["shape"]
+        if len(shape) != len(AXES.get(kind, shape)) or (kind == "image" and shape[1] != 3):
+            raise InputError(f"inputs.{name}: {shape} is no {kind}", fix=f"a {kind} is {AXES[kind]}; or say tensor")
     kind_of = {name: kinds.get(name) or guess_kind(port) for name, port in sources.items()}
     components = []
     for name in ordered:
@@ -183,8 +208,8 @@ def _ports(values: Any, graph: onnx.GraphProto, component: str) -> list[dict[str
                 f"{component}: {value.name} is {TensorProto.DataType.Name(kind.elem_type)}",
                 fix=f"export with {', '.join(DTYPES.values())}",
             )
-        if not kind.HasField("shape"):
-            raise InputError(f"{component}: {value.name} has no known rank", fix="export with the rank of every input")
+        if not kind.shape.dim:
+            raise InputError(f"{component}: {value.name} is a scalar", fix="export with axis 0 for the batch")
         shape: list[int | str] = []
         for axis, dim in enumerate(kind.shape.dim):
             fixed = dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
@@ -192,6 +217,26 @@ def _ports(values: Any, graph: onnx.GraphProto, component: str) -> list[dict[str
             shape.append(fixed or free)
         ports.append({"name": value.name, "dtype": DTYPES[kind.elem_type], "shape": shape})
     return ports
+
+
+def _check_joints(ports: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> None:
+    """InputError where graphs don't agree on a tensor that they share by its name."""
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, (inputs, outputs) in ports.items():
+        for port in (*inputs, *outputs):
+            other, first = seen.setdefault(port["name"], (name, port))
+            sizes = zip(first["shape"], port["shape"], strict=False)
+            same = first["dtype"] == port["dtype"] and len(first["shape"]) == len(port["shape"])
+            if not same or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes):
+                raise InputError(
+                    f"{port['name']} is {first['dtype']}{first['shape']} in {other} "
+                    f"and {port['dtype']}{port['shape']} in {name}",
+                    fix="give one name to what is one tensor, and other names to others",
+                )
+    makers = [(p["name"], name) for name, (_, outputs) in ports.items() for p in outputs]
+    for tensor, maker in makers:
+        if (other := dict(makers)[tensor]) != maker:
+            raise InputError(f"{maker} and {other} both give {tensor}", fix="rename the output of one")
 
 
 def _in_order(ports: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> list[str]:
@@ -205,7 +250,10 @@ def _in_order(ports: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]
             if name not in ordered and all(maker.get(p["name"], name) in (name, *ordered) for p in inputs)
         ]
         if not ready:
-            raise InputError(f"{', '.join(ports.keys() - set(ordered))}: need each other's outputs", fix="join them")
+            raise InputError(
+                f"{', '.join(sorted(ports.keys() - set(ordered)))}: need each other's outputs",
+                fix="make them one graph",
+            )
         ordered.append(ready[0])
     return ordered
 
@@ -217,7 +265,7 @@ def guess_kind(port: dict[str, Any]) -> str:
         return "mask"
     if port["dtype"] != "float32":
         return "tokens" if len(shape) == 2 and not any(w in name for w in ("position", "type")) else "tensor"
-    if len(shape) == 4 and shape[1] in (1, 3):
+    if len(shape) == 4 and shape[1] == 3:
         return "image"
     if any(w in name for w in ("audio", "wave", "speech", "input_values")) and len(shape) == 2:
         return "audio"
@@ -241,7 +289,7 @@ def _program(
         taken.add(name)
     if len(of_kind["tokens"]) == 1 and (directory / "tokenizer.json").is_file():
         (name,) = of_kind["tokens"]
-        mask = of_kind["mask"][0] if of_kind["mask"] else None
+        mask = next((n for n in of_kind["mask"] if len(sources[n]["shape"]) == 2), None)
         types = next((n for n in sources if "token_type" in n), None)
         length = sources[name]["shape"][1]
         most = length if isinstance(length, int) else LENGTHS["tokens"]
@@ -273,9 +321,8 @@ def _image(directory: Path, name: str, shape: list[int | str]) -> dict[str, Any]
         return image_spec(directory, name)
     height, width = (n if isinstance(n, int) else LENGTHS["image"] for n in shape[2:])
     log(f"no preprocessor_config.json: images for {name} are resized to {height}x{width} and scaled to 0..1")
-    channels = 3
-    zeros, ones = [0.0] * channels, [1.0] * channels
-    return {"tensor": name, "size": [height, width], "resample": "bilinear", "mean": zeros, "std": ones}
+    plain = {"resample": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
+    return {"tensor": name, "size": [height, width], **plain}
 
 
 def _rows(name: str, graphs: dict[str, onnx.GraphProto]) -> int | None:
@@ -289,45 +336,70 @@ def _rows(name: str, graphs: dict[str, onnx.GraphProto]) -> int | None:
 
 
 def call_factory(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Import package.module and call factory() -> (module in eval mode, example inputs by name).
+    """Import package.module and call factory() -> (module in FP32 and eval mode, example inputs by name).
 
     The current directory is looked in first, as `python -m` does. This runs the user's own code.
     """
     where, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(importlib.import_module(where), attribute)()
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"no factory {name!r}: {e}", fix="give package.module:function, importable from here") from e
+        with users_code(f"importing {where}"):
+            factory = getattr(importlib.import_module(where), attribute, None)
     finally:
         sys.path.pop(0)
-    if not (
-        isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], dict)
-    ):
-        raise InputError(
-            f"{name} gave {type(made).__name__}", fix="return (torch module, {input name: example tensor})"
-        )
-    module, inputs = made
+    if not callable(factory):
+        raise InputError(f"{where} has no function {attribute!r}", fix="give package.module:function")
+    with users_code(f"{name}()"):
+        made = factory()
+    match made:
+        case (nn.Module() as module, dict() as inputs) if inputs:
+            pass
+        case _:
+            raise InputError(
+                f"{name} gave {type(made).__name__}", fix="return (torch module, {input name: example tensor})"
+            )
     for key, value in inputs.items():
-        if not isinstance(value, torch.Tensor) or value.dtype not in (
-            torch.float32,
-            torch.int64,
-            torch.int32,
-            torch.bool,
-        ):
-            kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise InputError(f"{name}: input {key!r} is {kind}", fix="give float32, int64, int32 or bool tensors")
-    return module.eval(), inputs
+        kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+        if kind not in TORCH_DTYPES:
+            raise InputError(f"{name}: input {key!r} is {kind}", fix=f"give tensors of {', '.join(TORCH_DTYPES)}")
+        if not value.shape:
+            raise InputError(f"{name}: input {key!r} is a scalar", fix="give it axis 0 for the batch")
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{name}: {key} holds NaN or infinity", fix="train or convert the model again")
+    return module.float().eval(), inputs
 
 
-def _component_of(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Component:
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Whatever the user's own code raises becomes an InputError that says where."""
+    try:
+        yield
+    except Exception as e:
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        raise InputError(
+            f"{what} raised {type(e).__name__}: {e} ({at.filename}:{at.lineno})",
+            fix="give package.module:function, importable from here, that returns a module and inputs that it takes",
+        ) from e
+
+
+def _component_of(module: nn.Module, inputs: dict[str, torch.Tensor], name: str) -> Component:
     """One graph; axis 0 of every input is the batch, all other sizes are those of the examples."""
-    with torch.inference_mode():
+    with torch.inference_mode(), users_code(f"{name}: the module, called with its example inputs,"):
         made = module(**inputs)
     parts = made if isinstance(made, tuple) else (made,)
+    batch = next(iter(inputs.values())).shape[0]
+    for part in parts:
+        kind = str(part.dtype) if isinstance(part, torch.Tensor) else type(part).__name__
+        if kind not in TORCH_DTYPES or part.shape[:1] != (batch,):
+            raise InputError(
+                f"{name}: the module gives {kind}{list(getattr(part, 'shape', []))}",
+                fix=f"give a tensor, or a tuple of them, of {', '.join(TORCH_DTYPES)}, "
+                f"whose axis 0 is the batch: {batch} in the examples",
+            )
 
     def port(name: str, value: torch.Tensor) -> Tensor:
-        return Tensor(name, str(value.dtype).removeprefix("torch."), ("batch", *value.shape[1:]))  # type: ignore[arg-type]
+        return Tensor(name, TORCH_DTYPES[str(value.dtype)], ("batch", *value.shape[1:]))
 
     names = ["output"] if len(parts) == 1 else [f"output_{i}" for i in range(len(parts))]
     high = {n: int(v.max()) + 1 for n, v in inputs.items() if v.dtype in (torch.int64, torch.int32)}

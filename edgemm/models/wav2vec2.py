@@ -18,6 +18,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
 from edgemm.models import AttentionBlock, Component, Tensor, _transformers
 from edgemm.models._encoders import MAX_BATCH, Encoder, output, output_port
+from edgemm.models._processors import feature_extractor
 
 CLASSES = {
     "Wav2Vec2ForCTC": Wav2Vec2ForCTC,
@@ -86,7 +87,7 @@ def attentions(model: Any) -> list[AttentionBlock]:
 
 
 def program(model: Any, directory: Path) -> dict[str, Any]:
-    extractor = Wav2Vec2FeatureExtractor.from_pretrained(directory, local_files_only=True)
+    extractor = feature_extractor(Wav2Vec2FeatureExtractor, directory)
     audio = {
         "tensor": "input_values",
         "sampling_rate": extractor.sampling_rate,
