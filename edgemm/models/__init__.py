@@ -32,6 +32,7 @@ from edgemm.runtime.session import Session
 
 EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+Dtype = Literal["float32", "int64", "int32", "bool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Tensor:
     """A named input or output. `shape` holds sizes, and names for the dynamic axes."""
 
     name: str
-    dtype: Literal["float32", "int64", "int32", "bool"]
+    dtype: Dtype
     shape: tuple[int | str, ...]
 
 

@@ -252,11 +252,11 @@ def test_a_factory_that_is_not_there_is_named(model: str, told: str, tmp_path: P
         ("lambda: (torch.nn.Linear(4, 2), {})", "gave tuple"),
         (GOOD.replace("torch.rand(3, 4)", "[1.0]"), "input 'input' is list"),
         (GOOD.replace("torch.rand(3, 4)", "torch.rand(3, 4).half()"), "input 'input' is torch.float16"),
-        (GOOD.replace("torch.rand(3, 4)", "torch.tensor(1.0)"), "input 'input' is a scalar"),
+        (GOOD.replace("torch.rand(3, 4)", "torch.tensor(1.0)"), "input 'input' is torch.float32[]"),
         (GOOD.replace("torch.rand(3, 4)", "torch.rand(3, 5)"), "raised RuntimeError: mat1 and mat2 shapes"),
         (GOOD.replace("'input'", "'pixels'"), "raised TypeError: "),
-        (GOOD.replace("Linear(4, 2)", "LSTM(4, 2)"), "gives tuple[]"),
-        (GOOD.replace("Linear(4, 2)", "Flatten(0)"), "gives torch.float32[12]"),
+        (GOOD.replace("Linear(4, 2)", "LSTM(4, 2)"), "output_1 is tuple"),
+        (GOOD.replace("Linear(4, 2)", "Flatten(0)"), "output is torch.float32[12]"),
         (
             GOOD.replace(
                 "Linear(4, 2)", "Linear(4, 2).requires_grad_(False).apply(lambda m: m.weight.fill_(torch.nan))"
