@@ -26,6 +26,13 @@ PLAIN = (  # they resize, crop, rescale and normalise as their common base does;
     "SiglipImageProcessor",
     "ViTImageProcessor",
 )
+FILES = (  # of processors and tokenizers, all of which are JSON
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 UNLIMITED = 1 << 26
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 UNREADABLE = (ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError)

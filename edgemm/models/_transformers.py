@@ -15,15 +15,9 @@ from transformers.utils import logging
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock
+from edgemm.models._processors import FILES
 
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+SIDE_FILES = (*FILES, "generation_config.json")
 PRUNED = "pruned_heads.json"
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")  # U8: masks; others are quantized or complex
 

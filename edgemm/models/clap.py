@@ -17,7 +17,7 @@ from transformers import ClapFeatureExtractor, ClapModel
 
 from edgemm.errors import InputError
 from edgemm.models import Component, Tensor, _transformers
-from edgemm.models._dual_encoders import EAGER, MAX_BATCH, Tower, attentions, max_tokens, text_encoder
+from edgemm.models._dual_encoders import EAGER, MAX_BATCH, Tower, attentions, max_tokens, output, text_encoder
 from edgemm.models._processors import feature_extractor, text_spec
 
 PADS = {"repeatpad": "repeat", "pad": "silence"}
@@ -102,10 +102,5 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
             },
         },
         "text": text_spec(directory, ids="input_ids", mask="attention_mask", max_tokens=tokens),
-        "output": {
-            "kind": "embeddings",
-            "tensors": {"audio": "audio_embeds", "text": "text_embeds"},
-            "scale": model.logit_scale_a.exp().item(),
-            "activation": "softmax",
-        },
+        "output": output("audio", model.logit_scale_a),
     }

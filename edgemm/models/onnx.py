@@ -23,15 +23,8 @@ from edgemm.models import AttentionBlock, Component, Tensor
 from edgemm.models._factory import call_factory, digest
 from edgemm.models._graph import check, onnx_export
 from edgemm.models._onnx_files import TARGET, check_joints, in_order, ports_of, read_graphs
-from edgemm.models._processors import image_spec, text_spec
+from edgemm.models._processors import FILES, image_spec, text_spec
 
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 LENGTHS = {"image": 224, "audio": 80_000, "tokens": 128, "mask": 128, "tensor": 128}  # of axes that may have any size
 AXES = {"image": ("batch", 3, "height", "width"), "audio": ("batch", "samples"), "tokens": ("batch", "tokens")}
 RATE = 16_000
@@ -51,7 +44,7 @@ def bring_in(model: str, kinds: Mapping[str, str], runs: Path | None) -> Path:
         beside = path if path.is_dir() else path.parent
         graphs = read_graphs(files)
         parts = {name: hashlib.sha256(graph.SerializeToString()).hexdigest() for name, graph in graphs.items()}
-        parts |= {n: sha256_file(beside / n) for n in SIDE_FILES if (beside / n).is_file()}
+        parts |= {n: sha256_file(beside / n) for n in FILES if (beside / n).is_file()}
         config: dict[str, Any] = {"files": parts, "kinds": dict(kinds)}
 
         def make(out: Path) -> None:
@@ -72,7 +65,7 @@ def bring_in(model: str, kinds: Mapping[str, str], runs: Path | None) -> Path:
 
 def _describe(out: Path, beside: Path, kinds: Mapping[str, str]) -> None:
     """Write config.json for the graphs in `out`; tokenizer and processors are looked for in `beside`."""
-    for name in SIDE_FILES:
+    for name in FILES:
         if (beside / name).is_file() and beside != out:
             shutil.copyfile(beside / name, out / name)
     graphs = {p.stem: onnx.load(p).graph for p in sorted(out.glob("*.onnx"))}

@@ -19,6 +19,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock, Component, Tensor, _transformers
+from edgemm.models._attentions import vit_attention
 from edgemm.models._decoder import (
     MAX_BATCH,
     BartKeys,
@@ -184,12 +185,7 @@ def attentions(model: Any) -> list[AttentionBlock]:
     blocks = []
     for name, module in model.named_modules():
         if isinstance(module, (ViTAttention, DeiTAttention)):
-            linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
-            sizes, resize = (
-                (module.num_attention_heads, module.head_dim),
-                partial(setattr, module, "num_attention_heads"),
-            )
-            blocks.append(AttentionBlock(name, "self", "image", "image", *sizes, *linears, resize))
+            blocks.append(vit_attention(name, module))
         elif isinstance(module, TrOCRAttention):
             blocks.append(bart_attention(name, module, "text", "image" if name.endswith("encoder_attn") else "text"))
         elif isinstance(module, GPT2Attention):
