@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerF
 
 from edgemm.errors import InputError
 from edgemm.plugins import validate
-from edgemm.runtime.program import ImageSpec, TextSpec
+from edgemm.runtime.inputs import ImageSpec, TextSpec
 
 VILT, CONVNEXT = "ViltImageProcessor", "ConvNextImageProcessor"
 PLAIN = (  # they resize, crop, rescale and normalise as their common base does; the two above resize otherwise

@@ -25,8 +25,8 @@ from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
 from edgemm.reasoner.model import Attention, FusionLayer, Reasoner, ReasonerConfig, additive_mask
 from edgemm.reasoner.train import train
 from edgemm.recipe import Train
+from edgemm.runtime.inputs import ImageSpec
 from edgemm.runtime.preprocess import image_to_pixels
-from edgemm.runtime.program import ImageSpec
 from tests.checkpoints import REASONER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
