@@ -1,9 +1,9 @@
-# make setup | demo | test | check | bench | bench-whisper
+# make setup | demo | test | e2e-full | check | bench | bench-whisper
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test check bench bench-whisper
+.PHONY: setup demo test e2e-full check bench bench-whisper
 
 setup: .venv/.installed
 
@@ -17,6 +17,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+e2e-full: setup
+	$(BIN)/pytest -m full tests/e2e/test_full_size.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgemm.pipeline import compress
+    from edgemm.recheck import verify_bundle as verify
     from edgemm.runtime.session import load_bundle
-    from edgemm.stages.verify import verify_bundle as verify
 
 __version__ = "0.1.0"
 __all__ = ["compress", "load_bundle", "verify"]
@@ -16,7 +16,7 @@ __all__ = ["compress", "load_bundle", "verify"]
 _HOMES = {
     "compress": ("edgemm.pipeline", "compress"),
     "load_bundle": ("edgemm.runtime.session", "load_bundle"),
-    "verify": ("edgemm.stages.verify", "verify_bundle"),
+    "verify": ("edgemm.recheck", "verify_bundle"),
 }
 
 

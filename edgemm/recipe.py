@@ -62,7 +62,7 @@ class Limit(Strict):
 class Verify(Strict):
     """How the proof is made. `resamples` of the bootstrap; `rounds` of ABBA blocks in the latency run.
 
-    metrics  empty: what suits the model's output and the data, see stages/verify.py; `margin` is then theirs
+    metrics  empty: what suits the model's output and the data, see parity.py; `margin` is then theirs
     """
 
     metrics: tuple[Limit, ...] = ()

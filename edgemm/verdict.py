@@ -18,7 +18,7 @@ margin needs no more samples, but for 3 / margin clusters, without which even no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemm.errors import InconclusiveError, VerdictError
-from edgemm.report.schema import TargetReport, Verdict
+from edgemm.recipe import Recipe
+from edgemm.report.schema import Accuracy, Gate, Latency, Memory, Size, TargetReport, Verdict
+from edgemm.target import Target
 
 Z95, Z80 = 1.6449, 0.8416
 RULE_OF_THREE = 3.0  # 0 of n events bounds their rate by 3 / n
@@ -183,3 +185,46 @@ def raise_verdict(targets: Iterable[TargetReport]) -> None:
         if missed := [f"{name}: {g.name}: {g.detail}, limit {g.limit:g}" for name, g in gates if g.verdict == verdict]:
             unmeasured = any(g.value is None for _, g in gates if g.verdict == verdict)
             raise error(f"{verdict}: " + "; ".join(missed), fix="--data with real samples" if unmeasured else fix)
+
+
+def accuracy_gates(rows: Sequence[Accuracy], recipe: Recipe) -> list[Gate]:
+    """A gate a metric; one that can't pass when there is none."""
+    if not rows:
+        detail = f"not measured: {recipe.data} is noise"
+        return [
+            Gate(
+                name="accuracy", value=None, limit=recipe.verify.margin, unit="", verdict="INCONCLUSIVE", detail=detail
+            )
+        ]
+    return [
+        Gate(
+            name=f"{row.metric} drop",
+            value=row.drop_ci95_upper,
+            limit=row.margin,
+            unit=row.unit,
+            verdict=row.verdict,
+            detail=f"{row.fp32:.4f} to {row.compressed:.4f}, one-sided 95 % bound on the drop "
+            f"{row.drop_ci95_upper:.4f}, n {row.n} (needs {row.n_required})",
+        )
+        for row in rows
+    ]
+
+
+def budget_gates(target: Target, latency: Latency, memory: Memory, size: Size) -> list[Gate]:
+    """A gate a budget that the target has."""
+    budgets = target.budgets
+    low, high = latency.speedup_ci95
+    gates = []
+    if (limit := budgets.min_speedup) is not None:
+        verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
+        speedup = latency.speedup_p50
+        gates.append(Gate(name="speed-up p50", value=speedup, limit=limit, unit="x", verdict=verdict, detail=detail))
+    for name, value, most, unit in (
+        ("latency p50", latency.compressed.p50_ms, budgets.max_p50_ms, "ms"),
+        ("peak memory", memory.compressed_peak_mb, budgets.max_peak_mb, "MB"),
+        ("size ratio", size.compressed_bytes / size.fp32_bytes, budgets.max_size_ratio, "of FP32"),
+    ):
+        if most is not None:
+            verdict = at_most(value, most)
+            gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail="at most"))
+    return gates

@@ -23,6 +23,15 @@ WORDS = [
 ]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
+REASONER: dict[str, Any] = {  # sizes of a ReasonerConfig
+    "image_channels": (16,),
+    "image_depths": (1,),
+    "width": 32,
+    "heads": 4,
+    "text_layers": 1,
+    "fusion_layers": 2,
+}
+
 
 def write(name: str, directory: Path, *, full: bool = False) -> Path:
     """The checkpoint `name` of MODELS in `directory`: config, weights, tokenizer and processors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ def edgemm() -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, for models too small to share."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reasoner of 0.1 M parameters with seeded random weights, in a directory that `compress` takes."""
@@ -35,6 +46,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgemm.models import reasoner
     from edgemm.reasoner.corpus import build_tokenizer
     from edgemm.reasoner.model import Reasoner, ReasonerConfig
+    from tests.checkpoints import REASONER
 
     train = samples("train")
     answers = tuple(sorted({s.label for s in train}))
@@ -45,12 +57,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ReasonerConfig(
         answers=answers,
         vocab_size=tokenizer.get_vocab_size(),
-        image_channels=(16,),
-        image_depths=(1,),
-        width=32,
-        heads=4,
-        text_layers=1,
-        fusion_layers=2,
+        **REASONER,
     )
     reasoner.save(Reasoner(config).eval(), directory, directory.parent)
     return directory

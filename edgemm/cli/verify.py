@@ -19,7 +19,7 @@ def command(
 
     Exit codes: 0 PASS, 2 bad input, 3 a toolchain is absent, 4 FAIL, 5 INCONCLUSIVE.
     """
-    from edgemm.stages.verify import verify_bundle
+    from edgemm.recheck import verify_bundle
     from edgemm.verdict import raise_verdict
 
     row = verify_bundle(bundle, data)

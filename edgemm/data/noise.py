@@ -13,7 +13,8 @@ from PIL import Image
 
 from edgemm.data import Sample
 from edgemm.errors import InputError
-from edgemm.runtime.program import AudioSpec, ComponentSpec, ImageSpec, Port, TensorSpec, TextSpec
+from edgemm.runtime.inputs import AudioSpec, ImageSpec, TensorSpec, TextSpec
+from edgemm.runtime.program import ComponentSpec, Port
 
 SECONDS = 5.0  # of audio, where the model takes as many
 WORDS = 12  # of a question or caption; a document fills what the model takes

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,6 +32,7 @@ from edgemm.runtime.session import Session
 
 EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+Dtype = Literal["float32", "int64", "int32", "bool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Tensor:
     """A named input or output. `shape` holds sizes, and names for the dynamic axes."""
 
     name: str
-    dtype: Literal["float32", "int64", "int32", "bool"]
+    dtype: Dtype
     shape: tuple[int | str, ...]
 
 
@@ -191,12 +193,14 @@ def find_family(directory: Path) -> ModuleType:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{directory}: no config.json with a model_type", fix="give a model directory") from e
     if (name := str(model_type).replace("-", "_")) not in (known := plugins.names("models")):
+        code = ", and its own code (auto_map) is not run" if "auto_map" in config else ""
         raise InputError(
-            f"{directory}: model_type {model_type!r} is not known",
+            f"{directory}: model_type {model_type!r} is not known{code}",
             fix=f"known: {', '.join(known)}; any other model goes in as an .onnx file (edgemm compress model.onnx) "
             "or as a Python factory (edgemm compress package.module:factory)",
         )
-    if not any(n.endswith((".safetensors", ".onnx")) for n in model_files(directory)):
+    weights = ".onnx" if name == "onnx" else ".safetensors"
+    if not any(n.endswith(weights) for n in model_files(directory)):
         pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
         # transformers reads its own with weights_only=True, which runs nothing from them
         if pickles and (name == "reasoner" or not pickles[0].startswith("pytorch_model")):
@@ -205,8 +209,9 @@ def find_family(directory: Path) -> ModuleType:
                 fix="save the weights as model.safetensors",
             )
         if not pickles:
+            graphs = "; or compress the .onnx file itself" if any(directory.glob("*.onnx")) else ""
             raise InputError(
-                f"{directory}: no weights (model.safetensors)", fix="put model.safetensors beside config.json"
+                f"{directory}: no weights (model.safetensors)", fix=f"put model.safetensors beside config.json{graphs}"
             )
     return plugins.plugin("models", name)
 
@@ -220,8 +225,13 @@ def read_model(family: ModuleType, directory: Path) -> Any:
     """`family.load` with its failures named; NaN in the weights is one."""
     try:
         model = family.load(directory)
+    except UnpicklingError as e:
+        raise InputError(
+            f"{directory}: the weights are a pickle that runs code when it is read", fix="save model.safetensors"
+        ) from e
     except (
         SafetensorError,
+        StrictDataclassError,
         RuntimeError,
         TypeError,
         ValueError,
@@ -229,7 +239,6 @@ def read_model(family: ModuleType, directory: Path) -> Any:
         LookupError,
         ArithmeticError,
         OSError,
-        UnpicklingError,
     ) as e:
         raise InputError(f"{directory}: weights and config don't fit: {e}", fix="save both again together") from e
     if isinstance(model, nn.Module):

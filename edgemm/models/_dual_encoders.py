@@ -6,7 +6,6 @@ exporter makes a third more nodes, and an IsNaN that OpenVINO does not fuse wher
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaAttention
 
 from edgemm.models import AttentionBlock, Component, Tensor
+from edgemm.models._attentions import bert_attention, vit_attention
+from edgemm.models._decoder import bart_attention
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 MAX_BATCH = 64
@@ -76,6 +77,17 @@ def text_encoder(model: Any, width: int, tokens: int, *, mask: bool = False, fix
     )
 
 
+def output(modality: str, scale: torch.Tensor, bias: float = 0.0, activation: str = "softmax") -> dict[str, Any]:
+    """program.json's `output` of an encoder of `modality` and one of texts."""
+    return {
+        "kind": "embeddings",
+        "tensors": {modality: f"{modality}_embeds", "text": "text_embeds"},
+        "scale": scale.exp().item(),
+        "bias": bias,
+        "activation": activation,
+    }
+
+
 def max_tokens(text: Any) -> int:
     """Longest text in tokens by its config: RoBERTa and its kin count positions from pad_token_id + 1."""
     taken = 0 if text.model_type == "bert" else text.pad_token_id + 1
@@ -89,25 +101,16 @@ def attentions(model: Any) -> list[AttentionBlock]:
 
 def _attention(name: str, module: Any) -> AttentionBlock | None:
     """Two kinds are listed and not pruned: q, k and v in one matrix, and a table of positions with a column a head."""
-
-    def block(modality: str, heads: int, head_dim: int, *prunable: Any) -> AttentionBlock:
-        return AttentionBlock(name, "self", modality, modality, heads, head_dim, *prunable)
-
     if isinstance(module, (CLIPAttention, SiglipAttention)):
         modality = "text" if name.startswith("text_model.") else "image"
-        linears = module.q_proj, module.k_proj, module.v_proj, module.out_proj
-        return block(modality, module.num_heads, module.head_dim, *linears, partial(setattr, module, "num_heads"))
+        return bart_attention(name, module, modality, modality)
     if isinstance(module, (ViTAttention, DeiTAttention)):
-        linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
-        resize = partial(setattr, module, "num_attention_heads")
-        return block("image", module.num_attention_heads, module.head_dim, *linears, resize)
+        return vit_attention(name, module)
     if isinstance(module, (BertAttention, RobertaAttention, XLMRobertaAttention, ClapTextAttention)):
-        inner = module.self
-        linears = inner.query, inner.key, inner.value, module.output.dense
-        resize = partial(setattr, inner, "num_attention_heads")
-        return block("text", inner.num_attention_heads, inner.attention_head_size, *linears, resize)
+        return bert_attention(name, module.self, module.output, "self", "text", "text")
     if isinstance(module, nn.MultiheadAttention):
-        return block("image", module.num_heads, module.head_dim)
+        return AttentionBlock(name, "self", "image", "image", module.num_heads, module.head_dim)
     if isinstance(module, ClapAudioAttention):
-        return block("audio", module.self.num_attention_heads, module.self.attention_head_size)
+        sizes = module.self.num_attention_heads, module.self.attention_head_size
+        return AttentionBlock(name, "self", "audio", "audio", *sizes)
     return None

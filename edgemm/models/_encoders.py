@@ -29,6 +29,12 @@ class ImageEncoder(Encoder):
         return self.run(pixel_values=pixel_values)
 
 
+def drop_pooler(model: Any) -> None:
+    """Take away the pooler of a bare encoder: nothing reads it, and not all checkpoints have its weights."""
+    if hasattr(model, "pooler"):
+        model.pooler = None
+
+
 def has_head(model: Any) -> bool:
     """Whether the model classifies."""
     return "For" in type(model).__name__

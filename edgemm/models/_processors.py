@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerF
 
 from edgemm.errors import InputError
 from edgemm.plugins import validate
-from edgemm.runtime.program import ImageSpec, TextSpec
+from edgemm.runtime.inputs import ImageSpec, TextSpec
 
 VILT, CONVNEXT = "ViltImageProcessor", "ConvNextImageProcessor"
 PLAIN = (  # they resize, crop, rescale and normalise as their common base does; the two above resize otherwise
@@ -25,6 +25,13 @@ PLAIN = (  # they resize, crop, rescale and normalise as their common base does;
     "LayoutLMv3ImageProcessor",
     "SiglipImageProcessor",
     "ViTImageProcessor",
+)
+FILES = (  # of processors and tokenizers, all of which are JSON
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 UNLIMITED = 1 << 26
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -103,6 +110,14 @@ def _geometry(processor: Any, kind: str, where: str) -> dict[str, Any]:
         f"{where}: size = {dict(size or {})} is not for a {kind}",
         fix="use shortest_edge" if kind not in PLAIN else "use height and width, or shortest_edge",
     )
+
+
+def feature_extractor(cls: Any, directory: Path) -> Any:
+    """transformers' feature extractor of audio, of class `cls`; InputError when there is none that can be read."""
+    try:
+        return cls.from_pretrained(directory, local_files_only=True)
+    except UNREADABLE as e:
+        raise InputError(f"{directory}: cannot read preprocessor_config.json: {e}", fix="save it there") from e
 
 
 def text_spec(

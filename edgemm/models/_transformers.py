@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock
+from edgemm.models._processors import FILES
 
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+SIDE_FILES = (*FILES, "generation_config.json")
 PRUNED = "pruned_heads.json"
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")  # U8: masks; others are quantized or complex
 
 
 def choose(directory: Path, classes: dict[str, type[PreTrainedModel]]) -> type[PreTrainedModel]:
@@ -43,17 +39,21 @@ def load(
     cls: type[PreTrainedModel],
     attentions: Callable[[Any], list[AttentionBlock]],
     prepare: Callable[[Any], object] = lambda model: None,
+    unread: str | None = None,
     **options: Any,
 ) -> Any:
     """`cls.from_pretrained` in FP32 and eval mode, from this disk alone, and strictly: every tensor in its place.
 
     attentions  of the family; heads that an earlier pruning removed are removed before the weights are read
     prepare     what is done to a model once it is built, e.g. folding weight norm into the weights
+    unread      prefix of tensors that `prepare` takes away: the weights may have them or not
     options     for from_pretrained, e.g. attn_implementation="eager"
     Pickles are read with weights_only=True, which runs no code from them. Raises InputError naming tensors
-    that are missing, left over or of another shape.
+    that are missing, left over or of another shape, and for quantized weights.
     """
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of tensors: they are named below
+    refuse_quantized(directory)
     if (directory / PRUNED).is_file():
         return _load_pruned(directory, cls, attentions, prepare, **options)
     model, info = cls.from_pretrained(
@@ -70,13 +70,26 @@ def load(
         ("have, and the model does not,", info["unexpected_keys"]),
         ("have in another shape", [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]),
     ):
-        if names:
+        if names := [n for n in map(str, names) if unread is None or not n.startswith(unread)]:
             raise InputError(
-                f"{directory}: the weights {problem} {', '.join(sorted(map(str, names))[:10])} ({len(names)} tensors)",
+                f"{directory}: the weights {problem} {', '.join(sorted(names)[:10])} ({len(names)} tensors)",
                 fix="save weights and config together, from the same model",
             )
     prepare(model.eval())
     return model
+
+
+def refuse_quantized(directory: Path) -> None:
+    """InputError for weights of a dtype that is no plain number: transformers would cast it to FP32 in silence."""
+    if method := read_json(directory, "config.json").get("quantization_config"):
+        raise InputError(
+            f"{directory}: quantization_config = {method!r}"[:300], fix="give the checkpoint in FP32 or FP16"
+        )
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                if (dtype := file.get_slice(name).get_dtype()) not in DTYPES:
+                    raise InputError(f"{directory}: {name} is {dtype}", fix="give the checkpoint in FP32 or FP16")
 
 
 def _load_pruned(

@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 from edgemm.models import Component, Tensor, _transformers
 from edgemm.models._dual_encoders import EAGER, attentions
-from edgemm.models._encoders import MAX_BATCH, Encoder, output, output_port
+from edgemm.models._encoders import MAX_BATCH, Encoder, drop_pooler, output, output_port
 from edgemm.models._processors import text_spec
 
 CLASSES = {"BertForSequenceClassification": BertForSequenceClassification, "BertModel": BertModel}
@@ -23,8 +23,7 @@ class TextEncoder(Encoder):
 
 def load(directory: Path) -> Any:
     cls = _transformers.choose(directory, CLASSES)
-    options: dict[str, Any] = {"add_pooling_layer": False} if cls is BertModel else {}
-    return _transformers.load(directory, cls, attentions, **EAGER, **options)
+    return _transformers.load(directory, cls, attentions, drop_pooler, unread="pooler.", **EAGER)
 
 
 def save(model: Any, directory: Path, source: Path) -> None:

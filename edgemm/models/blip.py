@@ -7,9 +7,8 @@ text where there is one. What pads a question is hidden from the answer too, as 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextAttention
 
 from edgemm.models import AttentionBlock, Component, _transformers
 from edgemm.models import Tensor as Port
+from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import (
     DEFAULT_NEW_TOKENS,
     HIDDEN,
@@ -170,19 +170,13 @@ def attentions(model: Any) -> list[AttentionBlock]:
         if isinstance(module, BlipAttention):
             blocks.append(AttentionBlock(name, "self", "image", "image", module.num_heads, module.head_dim))
         elif isinstance(module, BlipTextAttention):
-            inner = module.self
-            linears = inner.query, inner.key, inner.value, module.output.dense
-            sizes, resize = (inner.num_attention_heads, inner.attention_head_size), partial(_resize, inner)
             cross = name.endswith("crossattention")
             keys = "image" if cross else "text"
             if cross and isinstance(model, BlipForQuestionAnswering) and name.startswith("text_decoder"):
                 keys = "text+image"  # the question's states, which have seen the image
-            blocks.append(AttentionBlock(name, "cross" if cross else "self", "text", keys, *sizes, *linears, resize))
+            kind: Literal["self", "cross"] = "cross" if cross else "self"
+            blocks.append(bert_attention(name, module.self, module.output, kind, "text", keys))
     return blocks
-
-
-def _resize(module: Any, count: int) -> None:
-    module.num_attention_heads, module.all_head_size = count, count * module.attention_head_size
 
 
 def program(model: Any, directory: Path) -> dict[str, Any]:

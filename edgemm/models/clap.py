@@ -17,8 +17,8 @@ from transformers import ClapFeatureExtractor, ClapModel
 
 from edgemm.errors import InputError
 from edgemm.models import Component, Tensor, _transformers
-from edgemm.models._dual_encoders import EAGER, MAX_BATCH, Tower, attentions, max_tokens, text_encoder
-from edgemm.models._processors import text_spec
+from edgemm.models._dual_encoders import EAGER, MAX_BATCH, Tower, attentions, max_tokens, output, text_encoder
+from edgemm.models._processors import feature_extractor, text_spec
 
 PADS = {"repeatpad": "repeat", "pad": "silence"}
 
@@ -59,10 +59,7 @@ def fuse(patches: Any, spectrogram: torch.Tensor, _long: None) -> torch.Tensor:
 
 def read_extractor(directory: Path) -> Any:
     """The model's feature extractor; InputError when there is none or its padding is not known."""
-    try:
-        extractor = ClapFeatureExtractor.from_pretrained(directory, local_files_only=True)
-    except (OSError, TypeError, ValueError) as e:
-        raise InputError(f"{directory}: cannot read preprocessor_config.json: {e}", fix="save it there") from e
+    extractor = feature_extractor(ClapFeatureExtractor, directory)
     if extractor.padding not in PADS:
         raise InputError(f"{directory}: padding {extractor.padding!r} of audio", fix=f"known: {', '.join(PADS)}")
     return extractor
@@ -105,10 +102,5 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
             },
         },
         "text": text_spec(directory, ids="input_ids", mask="attention_mask", max_tokens=tokens),
-        "output": {
-            "kind": "embeddings",
-            "tensors": {"audio": "audio_embeds", "text": "text_embeds"},
-            "scale": model.logit_scale_a.exp().item(),
-            "activation": "softmax",
-        },
+        "output": output("audio", model.logit_scale_a),
     }

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CLIPModel
 
 from edgemm.models import Component, _transformers
-from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, text_encoder
+from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, output, text_encoder
 from edgemm.models._processors import image_spec, text_spec
 
 
@@ -35,10 +35,5 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     return {
         "image": image_spec(directory, "pixel_values"),
         "text": text_spec(directory, ids="input_ids", max_tokens=tokens),
-        "output": {
-            "kind": "embeddings",
-            "tensors": {"image": "image_embeds", "text": "text_embeds"},
-            "scale": model.logit_scale.exp().item(),
-            "activation": "softmax",
-        },
+        "output": output("image", model.logit_scale),
     }

@@ -19,6 +19,7 @@ from transformers import LayoutLMv3ForSequenceClassification, LayoutLMv3ForToken
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock, Component, _transformers
 from edgemm.models import Tensor as Port
+from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import HIDDEN, MAX_BATCH, attend, heads
 from edgemm.models._encoders import labels
 from edgemm.models._processors import image_spec, text_spec
@@ -169,19 +170,13 @@ def components(model: Any) -> list[Component]:
 def attentions(model: Any) -> list[AttentionBlock]:
     """Every layer: words and patches attend to each other in one sequence."""
     base = model.base_model
-    blocks: list[AttentionBlock] = []
+    blocks = []
     prefix = "" if base is model else "layoutlmv3."
     for i, (layer, columns) in enumerate(zip(base.encoder.layer, bias_heads(model.config), strict=True)):
-        inner = layer.attention.self
-        linears = inner.query, inner.key, inner.value, layer.attention.output.dense
-        sizes, resize = (inner.num_attention_heads, inner.attention_head_size), partial(_resize, inner)
-        name, both = f"{prefix}encoder.layer.{i}.attention", "text+image"
-        blocks.append(BiasedAttention(name, "merged", both, both, *sizes, *linears, resize, columns))
+        name, both, module = f"{prefix}encoder.layer.{i}.attention", "text+image", layer.attention
+        block = partial(BiasedAttention, columns=columns)
+        blocks.append(bert_attention(name, module.self, module.output, "merged", both, both, block))
     return blocks
-
-
-def _resize(module: Any, heads: int) -> None:
-    module.num_attention_heads, module.all_head_size = heads, heads * module.attention_head_size
 
 
 def program(model: Any, directory: Path) -> dict[str, Any]:

@@ -7,42 +7,26 @@ components (names, inputs, outputs, sizes) and program (pre- and post-processing
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
-from onnx import TensorProto
-from torch import nn
 
-from edgemm.artifact import build, canonical, sha256_file, sha256_text
+from edgemm.artifact import build, sha256_file
 from edgemm.console import log
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock, Component, Tensor
+from edgemm.models._factory import call_factory, digest
 from edgemm.models._graph import check, onnx_export
-from edgemm.models._processors import image_spec, text_spec
+from edgemm.models._onnx_files import TARGET, check_joints, in_order, ports_of, read_graphs
+from edgemm.models._processors import FILES, image_spec, text_spec
 
-OLDEST, TARGET = 11, 18  # opsets; per-channel Q/DQ needs 13, one LayerNormalization op 17
-DTYPES = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.INT64: "int64",
-    TensorProto.INT32: "int32",
-    TensorProto.BOOL: "bool",
-}
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 LENGTHS = {"image": 224, "audio": 80_000, "tokens": 128, "mask": 128, "tensor": 128}  # of axes that may have any size
+AXES = {"image": ("batch", 3, "height", "width"), "audio": ("batch", "samples"), "tokens": ("batch", "tokens")}
 RATE = 16_000
 TOLERANCE = 1e-4
 
@@ -58,23 +42,20 @@ def bring_in(model: str, kinds: Mapping[str, str], runs: Path | None) -> Path:
     if path.exists():
         files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
         beside = path if path.is_dir() else path.parent
-        parts = {
-            p.name: sha256_file(p)
-            for p in (*files, *_external(files), *(beside / n for n in SIDE_FILES))
-            if p.is_file()
-        }
+        graphs = read_graphs(files)
+        parts = {name: hashlib.sha256(graph.SerializeToString()).hexdigest() for name, graph in graphs.items()}
+        parts |= {n: sha256_file(beside / n) for n in FILES if (beside / n).is_file()}
         config: dict[str, Any] = {"files": parts, "kinds": dict(kinds)}
 
         def make(out: Path) -> None:
-            for file in files:
-                onnx.save(read_graph(file), out / f"{_identifier(file.stem)}.onnx")
+            for name, graph in graphs.items():
+                onnx.save(graph, out / f"{name}.onnx")
             _describe(out, beside, kinds)
     else:
-        module, inputs = call_factory(model)
-        config = {"factory": model, "module": _digest(module, inputs), "kinds": dict(kinds)}
+        component = call_factory(model)
+        config = {"factory": model, "module": digest(component), "kinds": dict(kinds)}
 
         def make(out: Path) -> None:
-            component = _component_of(module, inputs)
             onnx_export(component, out / "model.onnx", TARGET)
             check(component, out / "model.onnx", TOLERANCE)
             _describe(out, out, kinds)
@@ -82,75 +63,23 @@ def bring_in(model: str, kinds: Mapping[str, str], runs: Path | None) -> Path:
     return build("imported", runs, config=config, tools=("onnx", "torch"), make=make).path
 
 
-def read_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file with its external data, checked, at opset 18 or newer.
-
-    Raises InputError for a file that is none, an opset that is too old or unknown, custom ops, and float16 weights.
-    """
-    try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as e:
-        raise InputError(f"{path}: no valid ONNX: {str(e).strip()[:500]}", fix="export it again") from e
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    custom = sorted({f"{n.domain}.{n.op_type}" for n in _nodes(model.graph) if n.domain not in ("", "ai.onnx")})
-    if custom:
-        raise InputError(
-            f"{path}: custom ops {', '.join(custom[:10])}",
-            fix="export with standard ONNX ops alone, without fusions of one runtime",
-        )
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    newest = onnx.defs.onnx_opset_version()
-    if not OLDEST <= opset <= newest:
-        raise InputError(f"{path}: opset {opset}", fix=f"export with opset {OLDEST} to {newest}")
-    if opset < TARGET:
-        try:
-            model = onnx.version_converter.convert_version(model, TARGET)
-        except (RuntimeError, onnx.checker.ValidationError) as e:
-            raise InputError(f"{path}: opset {opset} can't be converted to {TARGET}: {e}", fix="export it again") from e
-    half = [i.name for i in model.graph.initializer if i.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)]
-    if half:
-        raise InputError(f"{path}: {half[0]} is 16 bits wide ({len(half)} tensors)", fix="export the FP32 model")
-    return model
-
-
-def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """All nodes, those of inner graphs (If, Loop) among them."""
-    found = []
-    for node in graph.node:
-        found.append(node)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                found += _nodes(inner)
-    return found
-
-
-def _external(files: list[Path]) -> list[Path]:
-    """The files of weights kept beside the graphs."""
-    found = set()
-    for file in files:
-        try:
-            graph = onnx.load(file, load_external_data=False).graph
-        except DecodeError:
-            continue  # read_graph says what is wrong
-        for tensor in graph.initializer:
-            found |= {file.parent / e.value for e in tensor.external_data if e.key == "location"}
-    return sorted(found)
-
-
 def _describe(out: Path, beside: Path, kinds: Mapping[str, str]) -> None:
     """Write config.json for the graphs in `out`; tokenizer and processors are looked for in `beside`."""
-    for name in SIDE_FILES:
+    for name in FILES:
         if (beside / name).is_file() and beside != out:
             shutil.copyfile(beside / name, out / name)
     graphs = {p.stem: onnx.load(p).graph for p in sorted(out.glob("*.onnx"))}
-    ports = {name: (_ports(g.input, g, name), _ports(g.output, g, name)) for name, g in graphs.items()}
-    ordered = _in_order(ports)
+    ports = {name: (ports_of(g.input, g, name), ports_of(g.output, g, name)) for name, g in graphs.items()}
+    check_joints(ports)
+    ordered = in_order(ports)
     made = {p["name"] for _, outputs in ports.values() for p in outputs}
     sources = {p["name"]: p for name in ordered for p in ports[name][0] if p["name"] not in made}
     if unknown := sorted(kinds.keys() - sources.keys()):
         raise InputError(f"inputs.{unknown[0]}: no such input", fix=f"inputs: {', '.join(sources)}")
+    for name, kind in kinds.items():
+        shape = sources[name]["shape"]
+        if kind in AXES and (len(shape) != len(AXES[kind]) or (kind == "image" and shape[1] != 3)):
+            raise InputError(f"inputs.{name}: {shape} is no {kind}", fix=f"a {kind} is {AXES[kind]}; or say tensor")
     kind_of = {name: kinds.get(name) or guess_kind(port) for name, port in sources.items()}
     components = []
     for name in ordered:
@@ -170,46 +99,6 @@ def _describe(out: Path, beside: Path, kinds: Mapping[str, str]) -> None:
     (out / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _ports(values: Any, graph: onnx.GraphProto, component: str) -> list[dict[str, Any]]:
-    """Inputs or outputs as program.json has them; axis 0, where it is dynamic, is the batch."""
-    weights = {i.name for i in graph.initializer}
-    ports = []
-    for value in values:
-        if value.name in weights:
-            continue
-        kind = value.type.tensor_type
-        if kind.elem_type not in DTYPES:
-            raise InputError(
-                f"{component}: {value.name} is {TensorProto.DataType.Name(kind.elem_type)}",
-                fix=f"export with {', '.join(DTYPES.values())}",
-            )
-        if not kind.HasField("shape"):
-            raise InputError(f"{component}: {value.name} has no known rank", fix="export with the rank of every input")
-        shape: list[int | str] = []
-        for axis, dim in enumerate(kind.shape.dim):
-            fixed = dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
-            free = "batch" if axis == 0 else _identifier(dim.dim_param or f"{value.name}_{axis}")
-            shape.append(fixed or free)
-        ports.append({"name": value.name, "dtype": DTYPES[kind.elem_type], "shape": shape})
-    return ports
-
-
-def _in_order(ports: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> list[str]:
-    """Components so that each comes after those that make its inputs."""
-    maker = {p["name"]: name for name, (_, outputs) in ports.items() for p in outputs}
-    ordered: list[str] = []
-    while len(ordered) < len(ports):
-        ready = [
-            name
-            for name, (inputs, _) in ports.items()
-            if name not in ordered and all(maker.get(p["name"], name) in (name, *ordered) for p in inputs)
-        ]
-        if not ready:
-            raise InputError(f"{', '.join(ports.keys() - set(ordered))}: need each other's outputs", fix="join them")
-        ordered.append(ready[0])
-    return ordered
-
-
 def guess_kind(port: dict[str, Any]) -> str:
     """image, audio, tokens, mask or tensor, from name, dtype and shape."""
     name, shape = port["name"].lower(), port["shape"]
@@ -217,7 +106,7 @@ def guess_kind(port: dict[str, Any]) -> str:
         return "mask"
     if port["dtype"] != "float32":
         return "tokens" if len(shape) == 2 and not any(w in name for w in ("position", "type")) else "tensor"
-    if len(shape) == 4 and shape[1] in (1, 3):
+    if len(shape) == 4 and shape[1] == 3:
         return "image"
     if any(w in name for w in ("audio", "wave", "speech", "input_values")) and len(shape) == 2:
         return "audio"
@@ -241,7 +130,7 @@ def _program(
         taken.add(name)
     if len(of_kind["tokens"]) == 1 and (directory / "tokenizer.json").is_file():
         (name,) = of_kind["tokens"]
-        mask = of_kind["mask"][0] if of_kind["mask"] else None
+        mask = next((n for n in of_kind["mask"] if len(sources[n]["shape"]) == 2), None)
         types = next((n for n in sources if "token_type" in n), None)
         length = sources[name]["shape"][1]
         most = length if isinstance(length, int) else LENGTHS["tokens"]
@@ -273,9 +162,8 @@ def _image(directory: Path, name: str, shape: list[int | str]) -> dict[str, Any]
         return image_spec(directory, name)
     height, width = (n if isinstance(n, int) else LENGTHS["image"] for n in shape[2:])
     log(f"no preprocessor_config.json: images for {name} are resized to {height}x{width} and scaled to 0..1")
-    channels = 3
-    zeros, ones = [0.0] * channels, [1.0] * channels
-    return {"tensor": name, "size": [height, width], "resample": "bilinear", "mean": zeros, "std": ones}
+    plain = {"resample": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3}
+    return {"tensor": name, "size": [height, width], **plain}
 
 
 def _rows(name: str, graphs: dict[str, onnx.GraphProto]) -> int | None:
@@ -286,75 +174,6 @@ def _rows(name: str, graphs: dict[str, onnx.GraphProto]) -> int | None:
             if node.op_type == "Gather" and node.input[1] == name and node.input[0] in sizes:
                 return int(sizes[node.input[0]])
     return None
-
-
-def call_factory(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Import package.module and call factory() -> (module in eval mode, example inputs by name).
-
-    The current directory is looked in first, as `python -m` does. This runs the user's own code.
-    """
-    where, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(where), attribute)()
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"no factory {name!r}: {e}", fix="give package.module:function, importable from here") from e
-    finally:
-        sys.path.pop(0)
-    if not (
-        isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], dict)
-    ):
-        raise InputError(
-            f"{name} gave {type(made).__name__}", fix="return (torch module, {input name: example tensor})"
-        )
-    module, inputs = made
-    for key, value in inputs.items():
-        if not isinstance(value, torch.Tensor) or value.dtype not in (
-            torch.float32,
-            torch.int64,
-            torch.int32,
-            torch.bool,
-        ):
-            kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise InputError(f"{name}: input {key!r} is {kind}", fix="give float32, int64, int32 or bool tensors")
-    return module.eval(), inputs
-
-
-def _component_of(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Component:
-    """One graph; axis 0 of every input is the batch, all other sizes are those of the examples."""
-    with torch.inference_mode():
-        made = module(**inputs)
-    parts = made if isinstance(made, tuple) else (made,)
-
-    def port(name: str, value: torch.Tensor) -> Tensor:
-        return Tensor(name, str(value.dtype).removeprefix("torch."), ("batch", *value.shape[1:]))  # type: ignore[arg-type]
-
-    names = ["output"] if len(parts) == 1 else [f"output_{i}" for i in range(len(parts))]
-    high = {n: int(v.max()) + 1 for n, v in inputs.items() if v.dtype in (torch.int64, torch.int32)}
-    return Component(
-        "model",
-        module,
-        tuple(port(n, v) for n, v in inputs.items()),
-        tuple(port(n, v) for n, v in zip(names, parts, strict=True)),
-        {"batch": 64},
-        high,
-    )
-
-
-def _digest(module: nn.Module, inputs: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of what the factory made: its code as torch prints it, weights, and example shapes."""
-    digest = hashlib.sha256(repr(module).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    source = Path(sys.modules[type(module).__module__].__file__ or "")
-    if source.is_file():
-        digest.update(source.read_bytes())
-    shapes = {n: [str(v.dtype), *v.shape] for n, v in inputs.items()}
-    return sha256_text(digest.hexdigest() + canonical(shapes))
-
-
-def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-" else "_" for c in name)[:80]
 
 
 def load(directory: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers.models.bert.modeling_bert import BertAttention, BertSelfAttention
+from transformers.models.bert.modeling_bert import BertAttention
 
 from edgemm.models import AttentionBlock, Component
 from edgemm.models import Tensor as Spec
+from edgemm.models._attentions import bert_attention
 from edgemm.reasoner.corpus import MEAN, STD
 from edgemm.reasoner.model import Attention, Reasoner, ReasonerConfig
 from edgemm.runtime.preprocess import read_tokenizer
@@ -65,25 +66,14 @@ def attentions(model: Reasoner) -> list[AttentionBlock]:
     for name, module in model.named_modules():
         if isinstance(module, Attention):
             linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
-            sizes, resize = (module.heads, module.head_dim), partial(_resize, module)
+            sizes, resize = (module.heads, module.head_dim), partial(setattr, module, "heads")
             if name.endswith("cross_attention"):
                 blocks.append(AttentionBlock(name, "cross", "text", "image", *sizes, *linears, resize))
             else:
                 blocks.append(AttentionBlock(name, "self", "text", "text", *sizes, *linears, resize))
         elif isinstance(module, BertAttention):
-            inner = module.self
-            linears = inner.query, inner.key, inner.value, module.output.dense
-            sizes, resize = (inner.num_attention_heads, inner.attention_head_size), partial(_resize_bert, inner)
-            blocks.append(AttentionBlock(name, "self", "text", "text", *sizes, *linears, resize))
+            blocks.append(bert_attention(name, module.self, module.output, "self", "text", "text"))
     return sorted(blocks, key=lambda b: b.name.startswith("fusion"))
-
-
-def _resize(module: Attention, heads: int) -> None:
-    module.heads = heads
-
-
-def _resize_bert(module: BertSelfAttention, heads: int) -> None:
-    module.num_attention_heads, module.all_head_size = heads, heads * module.attention_head_size
 
 
 def program(model: Reasoner, directory: Path) -> dict[str, Any]:

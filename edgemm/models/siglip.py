@@ -13,7 +13,7 @@ from transformers import SiglipModel
 
 from edgemm.errors import InputError
 from edgemm.models import Component, _transformers
-from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, text_encoder
+from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, output, text_encoder
 from edgemm.models._processors import image_spec, text_spec
 
 
@@ -43,11 +43,5 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     return {
         "image": image_spec(directory, "pixel_values"),
         "text": {**text_spec(directory, ids="input_ids", max_tokens=tokens), "pad_to": tokens},
-        "output": {
-            "kind": "embeddings",
-            "tensors": {"image": "image_embeds", "text": "text_embeds"},
-            "scale": model.logit_scale.exp().item(),
-            "bias": model.logit_bias.item(),
-            "activation": "sigmoid",
-        },
+        "output": output("image", model.logit_scale, bias=model.logit_bias.item(), activation="sigmoid"),
     }

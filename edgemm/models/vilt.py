@@ -7,7 +7,6 @@ of the image is written anew here, in order, for one image of any size without p
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import ViltForImageAndTextRetrieval, ViltForQuestionAnswering
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock, Component, _transformers
 from edgemm.models import Tensor as Port
+from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import HIDDEN, MAX_BATCH
 from edgemm.models._encoders import labels
 from edgemm.models._processors import image_spec, text_spec
@@ -116,17 +116,9 @@ def attentions(model: Any) -> list[AttentionBlock]:
     """Every layer: words and patches attend to each other in one sequence."""
     blocks = []
     for i, layer in enumerate(model.vilt.encoder.layer):
-        inner = layer.attention.attention
-        linears = inner.query, inner.key, inner.value, layer.attention.output.dense
-        sizes = inner.num_attention_heads, inner.attention_head_size
-        name = f"vilt.encoder.layer.{i}.attention"
-        resize = partial(_resize, inner)
-        blocks.append(AttentionBlock(name, "merged", "text+image", "text+image", *sizes, *linears, resize))
+        name, both, module = f"vilt.encoder.layer.{i}.attention", "text+image", layer.attention
+        blocks.append(bert_attention(name, module.attention, module.output, "merged", both, both))
     return blocks
-
-
-def _resize(module: Any, heads: int) -> None:
-    module.num_attention_heads, module.all_head_size = heads, heads * module.attention_head_size
 
 
 def program(model: Any, directory: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
+from transformers import VisionEncoderDecoderModel
 from transformers.models.deit.modeling_deit import DeiTAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.trocr.modeling_trocr import TrOCRAttention
@@ -19,6 +19,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock, Component, Tensor, _transformers
+from edgemm.models._attentions import vit_attention
 from edgemm.models._decoder import (
     MAX_BATCH,
     BartKeys,
@@ -32,20 +33,11 @@ from edgemm.models._decoder import (
     heads,
     read_settings,
 )
+from edgemm.models._encoders import drop_pooler
 from edgemm.models._processors import image_spec
 
 ENCODERS = ("deit", "vit")
 DECODERS = ("gpt2", "trocr")
-
-
-class VisionEncoderDecoderModel(transformers.VisionEncoderDecoderModel):  # type: ignore[misc]
-    """Without the encoder's pooler, which nothing reads, and which TrOCR's checkpoints lack."""
-
-    _keys_to_ignore_on_load_unexpected = (r"encoder\.pooler\.",)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.encoder.pooler = None
 
 
 CLASSES = {"VisionEncoderDecoderModel": VisionEncoderDecoderModel}
@@ -138,7 +130,14 @@ def load(directory: Path) -> Any:
                 fix=f"known {part}s: {', '.join(known)}; any other model goes in as an .onnx file "
                 "(edgemm compress model.onnx) or as a Python factory (edgemm compress package.module:factory)",
             )
-    return _transformers.load(directory, cls, attentions, attn_implementation="eager")
+    return _transformers.load(
+        directory,
+        cls,
+        attentions,
+        lambda model: drop_pooler(model.encoder),
+        unread="encoder.pooler.",
+        attn_implementation="eager",
+    )
 
 
 def save(model: Any, directory: Path, source: Path) -> None:
@@ -186,12 +185,7 @@ def attentions(model: Any) -> list[AttentionBlock]:
     blocks = []
     for name, module in model.named_modules():
         if isinstance(module, (ViTAttention, DeiTAttention)):
-            linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
-            sizes, resize = (
-                (module.num_attention_heads, module.head_dim),
-                partial(setattr, module, "num_attention_heads"),
-            )
-            blocks.append(AttentionBlock(name, "self", "image", "image", *sizes, *linears, resize))
+            blocks.append(vit_attention(name, module))
         elif isinstance(module, TrOCRAttention):
             blocks.append(bart_attention(name, module, "text", "image" if name.endswith("encoder_attn") else "text"))
         elif isinstance(module, GPT2Attention):

@@ -9,7 +9,7 @@ from transformers import VisionTextDualEncoderModel
 
 from edgemm.errors import InputError
 from edgemm.models import Component, _transformers
-from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, max_tokens, text_encoder
+from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, max_tokens, output, text_encoder
 from edgemm.models._processors import image_spec, text_spec
 
 TOWERS = {
@@ -45,10 +45,5 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     return {
         "image": image_spec(directory, "pixel_values"),
         "text": text_spec(directory, ids="input_ids", mask="attention_mask", max_tokens=tokens),
-        "output": {
-            "kind": "embeddings",
-            "tensors": {"image": "image_embeds", "text": "text_embeds"},
-            "scale": model.logit_scale.exp().item(),
-            "activation": "softmax",
-        },
+        "output": output("image", model.logit_scale),
     }

@@ -9,7 +9,7 @@ from transformers import ViTForImageClassification, ViTModel
 
 from edgemm.models import Component, Tensor, _transformers
 from edgemm.models._dual_encoders import EAGER, attentions
-from edgemm.models._encoders import MAX_BATCH, ImageEncoder, output, output_port
+from edgemm.models._encoders import MAX_BATCH, ImageEncoder, drop_pooler, output, output_port
 from edgemm.models._processors import image_spec
 
 CLASSES = {"ViTForImageClassification": ViTForImageClassification, "ViTModel": ViTModel}
@@ -17,8 +17,7 @@ CLASSES = {"ViTForImageClassification": ViTForImageClassification, "ViTModel": V
 
 def load(directory: Path) -> Any:
     cls = _transformers.choose(directory, CLASSES)
-    options: dict[str, Any] = {"add_pooling_layer": False} if cls is ViTModel else {}
-    return _transformers.load(directory, cls, attentions, **EAGER, **options)
+    return _transformers.load(directory, cls, attentions, drop_pooler, unread="pooler.", **EAGER)
 
 
 def save(model: Any, directory: Path, source: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from transformers import (
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
 from edgemm.models import AttentionBlock, Component, Tensor, _transformers
+from edgemm.models._decoder import bart_attention
 from edgemm.models._encoders import MAX_BATCH, Encoder, output, output_port
+from edgemm.models._processors import feature_extractor
 
 CLASSES = {
     "Wav2Vec2ForCTC": Wav2Vec2ForCTC,
@@ -67,26 +68,14 @@ def features(model: Any) -> Tensor:
 
 def attentions(model: Any) -> list[AttentionBlock]:
     return [
-        AttentionBlock(
-            name,
-            "self",
-            "audio",
-            "audio",
-            module.num_heads,
-            module.head_dim,
-            module.q_proj,
-            module.k_proj,
-            module.v_proj,
-            module.out_proj,
-            partial(setattr, module, "num_heads"),
-        )
+        bart_attention(name, module, "audio", "audio")
         for name, module in model.named_modules()
         if isinstance(module, Wav2Vec2Attention)
     ]
 
 
 def program(model: Any, directory: Path) -> dict[str, Any]:
-    extractor = Wav2Vec2FeatureExtractor.from_pretrained(directory, local_files_only=True)
+    extractor = feature_extractor(Wav2Vec2FeatureExtractor, directory)
     audio = {
         "tensor": "input_values",
         "sampling_rate": extractor.sampling_rate,

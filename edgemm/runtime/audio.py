@@ -100,7 +100,7 @@ def _say_resampled(source: int, rate: int) -> None:
 
 
 def audio_to_features(audio: Path | str | bytes, spec: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    """One sound file as the model's tensors, by an AudioSpec of program.py.
+    """One sound file as the model's tensors, by an AudioSpec of inputs.py.
 
     spec["tensor"]  float32[1,n] the waveform, or by `mel` its spectrogram, float32[1,M,T] or float32[1,1,T,M]
     spec["mask"]    int64[1,n] or int64[1,T]: 1 where the input is, 0 where it was padded

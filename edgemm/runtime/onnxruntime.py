@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemm.errors import ToolchainError
+from edgemm.errors import InputError, ToolchainError
 
 
 def compile_component(
@@ -17,19 +17,36 @@ def compile_component(
     """Load `component` from its .onnx; the returned call maps named inputs to named outputs.
 
     settings   threads
+    Raises InputError in ONNX Runtime's words for a graph that it can't load or run.
     """
     try:
         import onnxruntime as ort
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
     except ImportError as e:
         raise ToolchainError("ONNX Runtime is not installed", fix="pip install onnxruntime") from e
+    name = component["name"]
+    failures = (
+        errors.Fail,
+        errors.InvalidArgument,
+        errors.InvalidGraph,
+        errors.InvalidProtobuf,
+        errors.NotImplemented,
+        errors.RuntimeException,
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings["threads"]
-    session = ort.InferenceSession(files[f"{component['name']}.onnx"], options, providers=["CPUExecutionProvider"])
-    inputs = [port["name"] for port in component["inputs"]]
+    try:
+        session = ort.InferenceSession(files[f"{name}.onnx"], options, providers=["CPUExecutionProvider"])
+    except failures as e:
+        raise InputError(f"{name}: ONNX Runtime can't load it: {e}", fix="export it again, in FP32") from e
+    inputs = {port["name"]: port["dtype"] for port in component["inputs"]}
     outputs = [port["name"] for port in component["outputs"]]
 
     def call(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        results = session.run(outputs, {n: np.asarray(tensors[n]) for n in inputs})
+        try:
+            results = session.run(outputs, {n: np.asarray(tensors[n], dtype) for n, dtype in inputs.items()})
+        except failures as e:
+            raise InputError(f"{name}: ONNX Runtime can't run it: {e}", fix="see what its inputs may be") from e
         return dict(zip(outputs, results, strict=True))
 
     return call

@@ -27,7 +27,7 @@ Box = tuple[int, int, int, int]
 def image_to_pixels(image: Path | str | bytes, spec: dict[str, Any]) -> NDArray[np.float32]:
     """Decode, resize, crop and normalise one image -> float32[1,3,H,W].
 
-    spec   an ImageSpec (see program.py) as a dict
+    spec   an ImageSpec (see inputs.py) as a dict
 
     Pixels are taken as they are stored: an EXIF orientation turns nothing. 16-bit grey keeps its high bytes.
     Raises InputError for a file that is missing, broken, of another format than FORMATS, over 64 million
@@ -112,7 +112,7 @@ def text_to_tensors(
 
     boxes   [x0,y0,x1,y1] in 0..1000 of each word, words being what white space separates; for models that take
             them. Each token has its word's box, special tokens and padding have zeros
-    spec    a TextSpec (see program.py) as a dict
+    spec    a TextSpec (see inputs.py) as a dict
     pad_to  T is at least this and at least the spec's own `pad_to`
 
     Raises InputError when the text is empty or over `max_tokens`, or the boxes don't fit it.

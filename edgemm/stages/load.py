@@ -46,6 +46,9 @@ def load(recipe: Recipe, runs: Path) -> Artifact:
         (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
         (out / "calibration.json").write_text(json.dumps([s.id for s in calibration]), encoding="utf-8")
         outputs: dict[str, Any] = open_fp32(family, model, directory).outputs([s.query for s in verification])
+        for name, value in outputs.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise InputError(f"{recipe.model} gives NaN or infinity in {name}", fix="repair the FP32 model first")
         np.savez(
             out / "reference.npz",
             ids=np.array([s.id for s in verification]),

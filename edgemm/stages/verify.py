@@ -1,36 +1,25 @@
-"""Verify: accuracy against the FP32 model, latency, memory and size against the FP32 graph; the verdict.
-
-Nothing here needs torch but the torch latency, so that a device can complete or repeat a check.
-"""
+"""Verify: accuracy against the FP32 model, latency, memory and size against the FP32 graph; the verdict."""
 
 from __future__ import annotations
 
-import io
-import json
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from difflib import SequenceMatcher
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import is_random, split
-from edgemm.errors import InputError
 from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
 from edgemm.report.schema import (
     Accuracy,
-    BundleFile,
     ComponentLatency,
-    Gate,
     Latency,
     Memory,
     Percentiles,
@@ -40,14 +29,12 @@ from edgemm.report.schema import (
     TargetReport,
 )
 from edgemm.runtime import measure
-from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.session import Query, Session, Tensors, open_directory
 from edgemm.target import Target
-from edgemm.verdict import at_least, at_most, worst
+from edgemm.verdict import accuracy_gates, budget_gates, worst
 
 LATENCY_INPUTS = 20
 COMPONENT_INPUTS = 5
-GOLDEN_TOLERANCE = 0.05
 
 
 def verify(
@@ -116,88 +103,6 @@ def verify(
         },
         tools=("numpy", "easy-vqa"),
         make=make,
-    )
-
-
-def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
-    """Repeat a bundle's check on this machine: golden outputs, then accuracy against the FP32 outputs inside.
-
-    data   another place of the data that the bundle was verified on; it must have the same samples
-    Raises InputError when the samples here are not those that the FP32 outputs belong to.
-    """
-    content = read_bundle(bundle)
-    session = Session(content.files, content.manifest["program"], str(bundle))
-    provenance = content.manifest["provenance"]
-    recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{bundle}: provenance.recipe")
-    target = plugins.validate(Target, provenance.get("target"), f"{bundle}: provenance.target")
-    if data is not None:
-        recipe = recipe.model_copy(update={"data": data})
-    gates = [golden_gate(session, content.files)]
-    notes = ["latency, memory and size are not measured: a bundle does not carry the FP32 graph"]
-    accuracy: tuple[Accuracy, ...] = ()
-    if is_random(recipe):
-        notes.append(f"accuracy is not measured: {recipe.data} is noise")
-    else:
-        _, samples = split(recipe, lambda: session.program)
-        reference = read_reference(content.files["check.npz"])
-        if [(s.id, s.group) for s in samples] != list(zip(reference.ids, reference.groups, strict=True)):
-            raise InputError(
-                f"{recipe.data} is not the data that {bundle} was verified on",
-                fix="leave out --data, or give that data",
-            )
-        log(f"verify {target.name}: accuracy on {len(samples)} samples")
-        accuracy = judge(session.outputs([s.query for s in samples]), reference, session.program, recipe)
-    gates += accuracy_gates(accuracy, recipe)
-    return TargetReport(
-        name=target.name,
-        verdict=worst([g.verdict for g in gates]),
-        accuracy=accuracy,
-        latency=None,
-        memory=None,
-        size=None,
-        pruning=None,
-        gates=tuple(gates),
-        bundle=BundleFile(path=str(bundle), sha256=content.sha256),
-        notes=tuple(notes),
-    )
-
-
-def golden_gate(session: Session, files: Mapping[str, bytes]) -> Gate:
-    """Largest difference to the expected outputs of the golden inputs, relative to the largest output.
-
-    Where the output is a text, the share of its letters that differ.
-    """
-    worst_error = 0.0
-    expected = np.load(io.BytesIO(files["golden/expected.npz"]))
-    for i, case in enumerate(json.loads(files["golden/inputs.json"])):
-        got = session.outputs([golden_query(case, i, files)])
-        for name, value in got.items():
-            want = expected[f"{i}.{name}"]
-            if value.dtype.kind == "U":
-                error = 1 - SequenceMatcher(None, str(want[0]), str(value[0])).ratio() if name == "text" else 0.0
-            else:
-                error = float(np.abs(value - want).max() / np.abs(want).max())
-            worst_error = max(worst_error, error)
-    return Gate(
-        name="golden outputs",
-        value=worst_error,
-        limit=GOLDEN_TOLERANCE,
-        unit="relative",
-        verdict=at_most(worst_error, GOLDEN_TOLERANCE),
-        detail="largest difference to the outputs on the machine that packed the bundle",
-    )
-
-
-def golden_query(case: dict[str, Any], index: int, files: Mapping[str, bytes]) -> Query:
-    """A golden input; see stages/package.py."""
-    boxes = case.get("boxes")
-    tensors = {n: np.load(io.BytesIO(files[f"golden/{index}.{n}.npy"])) for n in case.get("tensors", ())}
-    return Query(
-        image=files[case["image"]] if "image" in case else None,
-        text=case.get("text"),
-        audio=files[case["audio"]] if "audio" in case else None,
-        boxes=tuple(tuple(b) for b in boxes) if boxes else None,
-        tensors=tensors or None,
     )
 
 
@@ -286,48 +191,6 @@ def torch_p50_ms(source: Artifact, inputs: Sequence[tuple[Tensors, str | None]],
     torch.set_num_threads(threads)
     times, _ = measure.abba(lambda row: session.complete(*row), lambda row: None, inputs, 2)
     return statistics.median(times.flat)
-
-
-def accuracy_gates(rows: Sequence[Accuracy], recipe: Recipe) -> list[Gate]:
-    """A gate a metric; one that can't pass when there is none."""
-    if not rows:
-        detail = f"not measured: {recipe.data} is noise"
-        return [
-            Gate(
-                name="accuracy", value=None, limit=recipe.verify.margin, unit="", verdict="INCONCLUSIVE", detail=detail
-            )
-        ]
-    return [
-        Gate(
-            name=f"{row.metric} drop",
-            value=row.drop_ci95_upper,
-            limit=row.margin,
-            unit=row.unit,
-            verdict=row.verdict,
-            detail=f"{row.fp32:.4f} to {row.compressed:.4f}, one-sided 95 % bound on the drop "
-            f"{row.drop_ci95_upper:.4f}, n {row.n} (needs {row.n_required})",
-        )
-        for row in rows
-    ]
-
-
-def budget_gates(target: Target, latency: Latency, memory: Memory, size: Size) -> list[Gate]:
-    budgets = target.budgets
-    low, high = latency.speedup_ci95
-    gates = []
-    if (limit := budgets.min_speedup) is not None:
-        verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
-        speedup = latency.speedup_p50
-        gates.append(Gate(name="speed-up p50", value=speedup, limit=limit, unit="x", verdict=verdict, detail=detail))
-    for name, value, most, unit in (
-        ("latency p50", latency.compressed.p50_ms, budgets.max_p50_ms, "ms"),
-        ("peak memory", memory.compressed_peak_mb, budgets.max_peak_mb, "MB"),
-        ("size ratio", size.compressed_bytes / size.fp32_bytes, budgets.max_size_ratio, "of FP32"),
-    ):
-        if most is not None:
-            verdict = at_most(value, most)
-            gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail="at most"))
-    return gates
 
 
 def component_bytes(engine: Artifact) -> int:

@@ -109,7 +109,7 @@ def may_import(module: str, imported: str) -> bool:
     if own in GROUPS:
         its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
         return other in ("core", "runtime", "report", own) or imported in SHARED or its_own_model
-    if own == "stages":
+    if own in ("stages", "recheck"):
         return other in ("core", "runtime", "report", "verdict", "parity") or imported in SHARED or imported == module
     if own in ("pipeline", "inspection"):
         return other not in ("pipeline", "inspection")

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from edgemm.models import AttentionBlock, find_family, read_model, reasoner
 from edgemm.pruners.attention_heads import Options, attention, choose, magnitude, prune
 from edgemm.reasoner.corpus import build_tokenizer
 from edgemm.reasoner.model import Reasoner, ReasonerConfig
+from tests.checkpoints import REASONER
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTIONS = ["is there a red shape?", "what color is the circle?"]
 ANSWERS = ("blue", "circle", "no", "red", "yes")
 TOKENIZER = build_tokenizer(QUESTIONS, ANSWERS)
@@ -32,24 +34,11 @@ CONFIG = ReasonerConfig(
     answers=ANSWERS,
     vocab_size=TOKENIZER.get_vocab_size(),
     image_size=16,
-    image_channels=(16,),
-    image_depths=(1,),
-    width=32,
-    heads=4,
-    text_layers=1,
-    fusion_layers=2,
+    **REASONER,
 )
 BERT = "text_encoder.bert.encoder.layer.0.attention"
 NAMES = [BERT] + [f"fusion.layers.{i}.{kind}_attention" for i in range(2) for kind in ("self", "cross")]
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(seed: int = 0) -> Reasoner:

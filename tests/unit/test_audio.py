@@ -23,7 +23,7 @@ from transformers.audio_utils import load_audio, mel_filter_bank
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime import audio
 from edgemm.runtime.audio import audio_to_features, filter_bank, log_mel, read_audio
-from edgemm.runtime.program import AudioSpec
+from edgemm.runtime.inputs import AudioSpec
 
 RECORDED = Path("/usr/share/asterisk/sounds/en_US_f_Allison/conf-invalid.wav")  # Debian: asterisk-core-sounds-en-wav
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps in the sun."

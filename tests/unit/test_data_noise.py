@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from edgemm.data.noise import SPECIAL, samples
 from edgemm.errors import InputError
 from edgemm.runtime.audio import read_audio
+from edgemm.runtime.inputs import ImageSpec, TextSpec
 from edgemm.runtime.preprocess import image_to_pixels, text_to_tensors
-from edgemm.runtime.program import ImageSpec, TextSpec
 
 IMAGE = {"tensor": "pixels", "size": [32, 48], "resample": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
 TEXT = {"ids": "ids", "max_tokens": 77}

@@ -8,7 +8,6 @@ import json
 import shutil
 import wave
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +45,7 @@ from edgemm.models import find_family, open_fp32, read_model
 from edgemm.models._graph import check, onnx_export
 from edgemm.runtime.session import Query
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAD, BOS, EOS, LAST = 1, 0, 50, 98
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**SIZES, "image_size": 32, "patch_size": 8}
@@ -92,14 +92,6 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ from edgemm.runtime.generation import generate
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Directory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, POSITIONS, LAYERS, HEADS = 61, 24, 2, 4
 START, PAD, EOS = 1, 3, 48
 SAMPLES = 4
@@ -51,14 +52,6 @@ FAMILIES = {
     "vit-gpt2": vision_encoder_decoder,
 }
 every_model = pytest.mark.parametrize("name", FAMILIES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,19 +17,12 @@ from edgemm.models import vision_encoder_decoder
 from edgemm.models._graph import caller
 from edgemm.runtime.generation import generate, tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, POSITIONS, LAYERS = 61, 24, 2
 START, EOS = 1, 48
 IMAGES = 8
 STD = 0.3
 Tensors = dict[str, NDArray[Any]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

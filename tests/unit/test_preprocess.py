@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from edgemm.errors import InputError
 from edgemm.runtime import preprocess
+from edgemm.runtime.inputs import ImageSpec, TextSpec
 from edgemm.runtime.preprocess import FORMATS, image_to_pixels, read_tokenizer, text_to_tensors
-from edgemm.runtime.program import ImageSpec, TextSpec
 
 HEIGHT, WIDTH = 6, 9
 NO_LIMIT = 1 << 26
@@ -410,7 +410,7 @@ def test_webp_is_read_though_nothing_else_has_loaded_pillows_plugins(tmp_path: P
     code = (
         "import sys\n"
         "from edgemm.runtime.preprocess import image_to_pixels\n"
-        "from edgemm.runtime.program import ImageSpec\n"
+        "from edgemm.runtime.inputs import ImageSpec\n"
         "spec = ImageSpec(tensor='x', size=(4, 4), resample='bilinear', mean=(0, 0, 0), std=(1, 1, 1)).model_dump()\n"
         "print(image_to_pixels(sys.argv[1], spec).shape)\n"
     )

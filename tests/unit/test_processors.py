@@ -20,8 +20,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerF
 
 from edgemm.errors import InputError
 from edgemm.models._processors import image_spec, text_spec, tokenizer_json
+from edgemm.runtime.inputs import ImageSpec, TextSpec
 from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_tensors
-from edgemm.runtime.program import ImageSpec, TextSpec
 
 TOLERANCE = 1e-3
 PICTURES = ("small", "portrait", "landscape", "tall", "grey", "grey_alpha", "rgba", "logo", "palette", "clear_palette")

@@ -7,7 +7,6 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +25,18 @@ from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
 from edgemm.reasoner.model import Attention, FusionLayer, Reasoner, ReasonerConfig, additive_mask
 from edgemm.reasoner.train import train
 from edgemm.recipe import Train
+from edgemm.runtime.inputs import ImageSpec
 from edgemm.runtime.preprocess import image_to_pixels
-from edgemm.runtime.program import ImageSpec
+from tests.checkpoints import REASONER
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONCEPTS = ("blue", "circle", "red", "square")
 CONFIG = ReasonerConfig(
     answers=(*CONCEPTS, "no", "yes"),
     vocab_size=20,
     image_size=16,
-    image_channels=(16,),
-    image_depths=(1,),
-    width=32,
-    heads=4,
-    text_layers=1,
-    fusion_layers=2,
+    **REASONER,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
