@@ -13,6 +13,16 @@ import pytest
 
 NO_TIMED_GATE = ("--set", "target.budgets.min_speedup=null")  # the clock decides no test
 Run = Callable[..., subprocess.CompletedProcess[str]]
+WITHOUT_TOOLCHAIN = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "onnx", "onnxruntime", "nncf", "safetensors"}:
+            raise ImportError(f"{name} is not on the device")
+sys.meta_path.insert(0, Blocked())
+from edgemm.cli import main
+main()
+"""
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +32,17 @@ def edgemm() -> Run:
     def run(*args: str | Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "edgemm", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def device() -> Run:
+    """Run `edgemm ARGS` where the toolchain can't be imported."""
+
+    def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_TOOLCHAIN, *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
     return run
 

@@ -58,7 +58,7 @@ def verify(
         queries = [s.query for s in samples]
         reference = read_reference((source.path / "reference.npz").read_bytes())
         session = open_directory(engine.path)
-        notes = []
+        notes = [f"pruned: {', '.join(f'{p.use} {p.values}' for p in recipe.prune)}"] if pruning else []
         if not pruning:
             why = "the model came as a graph, and pruning needs torch modules"
             notes.append(f"nothing was pruned: {why if recipe.prune else 'the recipe has no pass for it'}")

@@ -82,6 +82,32 @@ def test_generation_needs_no_more_than_the_checkpoint_says(checkpoint: Path, man
     assert config["begin_suppress_tokens"] == [220, 50256]
 
 
+def test_whisper_writes_from_its_bundle_without_torch(
+    edgemm, device, checkpoint: Path, manifest: Path, tmp_path
+) -> None:
+    """Few utterances prove no point of WER: the margin is wide here, and make bench-whisper has hundreds."""
+    few = manifest.with_name("few.jsonl")
+    chosen = [
+        r for split, n in (("train", 4), ("test", 8)) for r in [r for r in rows(manifest) if r["split"] == split][:n]
+    ]
+    few.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    wide = ("--set", "verify.margin=0.9", "--set", "verify.rounds=4", "--set", "target.budgets.min_speedup=null")
+    done = edgemm("compress", checkpoint, "--data", few, "-o", tmp_path / "out", "--json", *wide)
+    assert done.returncode == 0, done.stderr
+    (target,) = json.loads(done.stdout)["targets"]
+    assert [row["name"] for row in target["latency"]["components"]] == ["audio_encoder", "decoder"]
+    (wer,) = target["accuracy"]
+    assert (wer["metric"], wer["n"]) == ("wer", 8)
+    bundle = tmp_path / "out" / "x86-openvino" / f"{checkpoint.name}-x86-openvino.edgemm"
+    said = chosen[-1]
+    done = device("run", bundle, "--audio", manifest.parent / said["audio"], "--json")
+    assert done.returncode == 0, done.stderr
+    heard = json.loads(done.stdout)["answer"].lower().strip(" .").split()
+    spoken = said["transcript"].lower().strip(" .").split()
+    assert len(set(heard) & set(spoken)) >= 0.7 * len(set(spoken)), (heard, spoken)
+    assert device("verify", bundle).returncode == 0
+
+
 def test_sentences_are_many_different_and_without_numerals() -> None:
     texts = [text for _, text in sentences(random.Random(0))]
     assert len(set(texts)) == len(texts) >= 600

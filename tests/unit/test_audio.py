@@ -235,6 +235,17 @@ def test_whisper_features_are_those_of_transformers(sound: bytes, mels: int, pad
     np.testing.assert_array_equal(made["mask"], theirs["attention_mask"])
 
 
+@pytest.mark.parametrize(("seconds", "tail", "made"), [(1.5, 0.5, 2), (1.51, 0.5, 3), (2.0, 0.0, 2), (29.8, 0.5, 30)])
+def test_a_tail_is_the_beginning_of_the_padding(seconds: float, tail: float, made: int) -> None:
+    """Whole seconds, so that a device meets few shapes; never more than the model takes."""
+    content = encoded(speech(seconds))
+    short = audio_to_features(content, {**whisper(), "tail": tail})["input_features"]
+    assert short.shape == (1, 80, 100 * made)
+    whole = audio_to_features(content, whisper())["input_features"]
+    clear = 100 * made if made == 30 else 100 * made - 2  # the last frames reflect the edge
+    np.testing.assert_allclose(short[:, :, :clear], whole[:, :, :clear], rtol=0, atol=EXACT)
+
+
 def test_clap_features_are_those_of_transformers(sound: bytes) -> None:
     extractor = ClapFeatureExtractor(frequency_min=50, truncation="rand_trunc")
     theirs = extractor(read_audio(sound, 48_000), sampling_rate=48_000, return_tensors="np")["input_features"]
