@@ -13,6 +13,7 @@ import numpy as np
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import Sample, split
+from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
@@ -48,7 +49,8 @@ def package(
         program = engine.json("program.json")
         _, samples = split(recipe, lambda: program)
         files = {n: (engine.path / n).read_bytes() for n in engine.manifest.files if n != "program.json"}
-        files |= golden(samples[:GOLDEN], open_directory(engine.path))
+        session = simulation(engine, target) if target.dialect == "tensorrt" else open_directory(engine.path)
+        files |= golden(samples[:GOLDEN], session)
         files["check.npz"] = (source.path / "reference.npz").read_bytes()
         manifest = {
             "model": name,

@@ -102,15 +102,20 @@ def may_import(module: str, imported: str) -> bool:
         return other == "core"
     if own in ("runtime", "report"):
         return other in ("core", own)
+    if own == "graph":
+        return other in ("core", "graph")
     if own in ("verdict", "parity"):
         return other in ("core", "report", "verdict")
+    if own == "levels":
+        return other in ("core", "report", "runtime", "verdict")
     if own == "reasoner":
         return other in ("core", own) or imported == "edgemm.data"
     if own in GROUPS:
         its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
-        return other in ("core", "runtime", "report", own) or imported in SHARED or its_own_model
+        return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "stages":
-        return other in ("core", "runtime", "report", "verdict", "parity") or imported in SHARED or imported == module
+        shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph")
+        return other in shared or imported in SHARED or imported == module
     if own in ("pipeline", "inspection"):
         return other not in ("pipeline", "inspection")
     return own in ("cli", "edgemm", "edgemm.__main__")
