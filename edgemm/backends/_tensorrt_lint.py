@@ -1,6 +1,7 @@
 """What TensorRT's ONNX parser will refuse in a graph, said before any build, by node name, with what to do about it.
 
-Every rule is one that the real parser was seen to enforce; tests/unit/test_tensorrt_lint.py holds each against it.
+Every rule is one that the real parser was seen to enforce, but uint8 activations, which it silently takes for int8;
+tests/unit/test_tensorrt_lint.py holds each against it.
 """
 
 from __future__ import annotations
@@ -68,8 +69,11 @@ def _quantization(node: Any, view: Any) -> Iterator[Finding]:
     if kind == "int32":
         fix = "leave biases in float; in ONNX Runtime's quantizer: extra_options QuantizeBias=False"
         yield Finding(node.name, "a bias in int32 goes into DequantizeLinear", fix)
+    elif stored is not None and kind == "uint8":
+        yield Finding(node.name, "weights in uint8, and only signed int8 is supported", STATIC_QDQ)
     elif kind == "uint8" or (kind is None and node.op_type == "QuantizeLinear"):
-        yield Finding(node.name, "uint8, and only signed int8 is supported", STATIC_QDQ)
+        what = "uint8, which the parser takes for int8: what is over half of the range would be clipped"
+        yield Finding(node.name, what, STATIC_QDQ)
     if zero is not None and kind != "int32" and np.asarray(zero).astype(np.int64).any():
         yield Finding(node.name, "a zero point is not zero", STATIC_QDQ)
 
