@@ -44,7 +44,7 @@ class Target(Strict):
     sparsity    of the weights
     shapes      [min, opt, max] of a dynamic axis by name, for the optimization profile; an axis that is not named
                 gets its whole range, tuned for the largest, and `batch` one input at a time
-    memory_mb   what building and running may take, MiB;  power_mode  nvpmodel mode that is measured in
+    memory_mb   scratch memory that a layer may take, MiB;  power_mode  nvpmodel mode that is measured in
     level       what must be established for exit 0: L0 linted, L1 accuracy in simulation, L2 built, L3 measured
     """
 

@@ -89,7 +89,8 @@ def _dequantized(node: onnx.NodeProto, view: View) -> NDArray[np.float32]:
     if scale.ndim == 1 and scale.size > 1:
         shape = [1] * stored.ndim
         shape[attribute(node, "axis", 1)] = scale.size
-        scale, zero = scale.reshape(shape), zero.reshape(shape)
+        scale = scale.reshape(shape)
+        zero = zero.reshape(shape) if zero.size > 1 else zero  # NNCF writes one for all channels
     return ((stored.astype(np.int64) - zero.astype(np.int64)) * scale).astype(np.float32)
 
 
