@@ -23,7 +23,9 @@ from edgemm.errors import InputError, ToolchainError
 from edgemm.target import Target
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]
-ROW = re.compile(r"Name: .*?, LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: .*?Metadata: ?(.*)")
+ROW = re.compile(
+    r"Name: .*?, LayerType: (\w+), Inputs: \[(.*?)\], (?:Constants: \[(.*?)\], )?Outputs: .*?Metadata: ?(.*)"
+)
 DATATYPE = re.compile(r"Datatype: (\w+)")
 ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|\[ONNX Layer: |$)")
 
@@ -125,7 +127,7 @@ def layer_table(lines: Iterable[str]) -> tuple[Row, ...] | None:
         Row(
             match[1],
             frozenset(DATATYPE.findall(match[2])),
-            frozenset(DATATYPE.findall(match[3])),
+            frozenset(DATATYPE.findall(match[3] or "")),
             frozenset(ONNX_LAYER.findall(match[4])),
         )
         for match in found
