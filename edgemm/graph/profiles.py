@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgemm.errors import InputError
@@ -12,13 +12,14 @@ Range = tuple[int, int, int]
 Profile = dict[str, dict[str, list[int]]]
 
 
-def profiles(program: Mapping[str, Any], target: Target) -> dict[str, Profile]:
-    """{component: {input: {"min", "opt", "max": shape}}} of every input, from program.json and `target.shapes`.
+def profiles(components: Sequence[Mapping[str, Any]], output: Mapping[str, Any], target: Target) -> dict[str, Profile]:
+    """{component: {input: {"min", "opt", "max": shape}}} of every input.
 
+    components, output   of program.json, the output with its defaults filled in
     Raises InputError where the target asks for more than a graph was exported for: TensorRT would build it,
     and the engine would be wrong outside that range.
     """
-    return {c["name"]: _profile(c, program["output"], target) for c in program["components"]}
+    return {c["name"]: _profile(c, output, target) for c in components}
 
 
 def _profile(component: Mapping[str, Any], output: Mapping[str, Any], target: Target) -> Profile:

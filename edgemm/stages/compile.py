@@ -11,6 +11,7 @@ from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.graph.profiles import profiles
+from edgemm.runtime.program import Program
 from edgemm.target import Target
 
 SHORT_TEXT = 64  # tokens
@@ -35,7 +36,8 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
             if target.static:
                 fix_shapes(component, program)
         if target.dialect == "tensorrt":
-            program["profiles"] = profiles(program, target)
+            checked = plugins.validate(Program, program, f"{graph.path}/program.json")
+            program["profiles"] = profiles(program["components"], checked.output.model_dump(), target)
         for component in program["components"]:
             name = component["name"]
             log(f"compile {graph.manifest.kind} {name} for {target.name}")

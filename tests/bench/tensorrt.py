@@ -17,7 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from edgemm.graph.profiles import profiles
+from edgemm.plugins import validate
 from edgemm.recipe import default_recipe, load_recipe
+from edgemm.runtime.program import Program
 from edgemm.stages.export import export
 from edgemm.stages.load import load
 from edgemm.stages.quantize import quantize
@@ -55,7 +57,8 @@ def main(names: list[str]) -> int:
             model = str(whisper_checkpoint(runs / name) if name == "whisper" else write(name, runs / name, full=True))
             recipe = load_recipe(default_recipe(model), {"model": model, "data": "random:8", "calibration": 4})
             graphs = quantize(export(load(recipe, runs), recipe.export, runs), recipe, target, runs)
-            shapes = profiles(graphs.json("program.json"), target)
+            program = validate(Program, graphs.json("program.json"), name).model_dump()
+            shapes = profiles(program["components"], program["output"], target)
             for file in sorted(graphs.path.glob("*.onnx")):
                 profile = json.dumps(shapes[file.stem.rpartition(".")[0]])
                 command = [sys.executable, "-c", BUILD, str(file), place, profile]

@@ -63,12 +63,11 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def program(**changes: Any) -> dict[str, Any]:
+def program(**changes: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Components and output of program.json."""
     port = {"name": "x", "dtype": "float32", "shape": ["batch", "tokens", WIDTH]}
-    return {
-        "components": [{"name": "block", "inputs": [port], "outputs": [], "max_sizes": SIZES, **changes}],
-        "output": {"kind": "features"},
-    }
+    component = {"name": "block", "inputs": [port], "outputs": [], "max_sizes": SIZES, **changes}
+    return [component], {"kind": "features"}
 
 
 PROFILE = {"x": {"min": [1, 1, WIDTH], "opt": [1, 16, WIDTH], "max": [8, 16, WIDTH]}}
@@ -183,11 +182,11 @@ def test_a_row_of_the_layer_table_is_read() -> None:
 
 
 def test_profiles_take_the_targets_shapes_and_else_the_whole_exported_range() -> None:
-    assert profiles(program(), RTX) == {"block": PROFILE}
+    assert profiles(*program(), RTX) == {"block": PROFILE}
     sized = RTX.model_copy(update={"shapes": {"tokens": (4, 8, 12)}})
-    found = profiles(program(), sized)["block"]["x"]
+    found = profiles(*program(), sized)["block"]["x"]
     assert found == {"min": [1, 4, WIDTH], "opt": [1, 8, WIDTH], "max": [1, 12, WIDTH]}
-    assert profiles(program(min_sizes={"tokens": 3}), RTX)["block"]["x"]["min"] == [1, 3, WIDTH]
+    assert profiles(*program(min_sizes={"tokens": 3}), RTX)["block"]["x"]["min"] == [1, 3, WIDTH]
 
 
 @pytest.mark.parametrize(("shapes", "shown"), [((1, 8, 32), r"\[1, 8, 32\]"), ((1, 2, 3), r"\[1, 2, 3\]")])
@@ -196,7 +195,7 @@ def test_a_profile_wider_than_the_exported_range_is_refused(shapes: tuple[int, i
     with pytest.raises(
         InputError, match=rf"rtx: shapes.tokens = {shown} is wider than block was exported for, 2 to 16"
     ):
-        profiles(program(min_sizes={"tokens": 2}), target)
+        profiles(*program(min_sizes={"tokens": 2}), target)
 
 
 def test_a_decoders_profile_is_for_one_token_and_a_growing_cache() -> None:
@@ -210,7 +209,7 @@ def test_a_decoders_profile_is_for_one_token_and_a_growing_cache() -> None:
         "max_sizes": {"batch": 8, "tokens": 10, "past": 10, "total": 20},
     }
     output = {"kind": "generation", "decoder": "decoder", "ids": "ids", "mask": "mask", "cache": [["p0", "q0"]]}
-    found = profiles({"components": [decoder], "output": output}, RTX)["decoder"]
+    found = profiles([decoder], output, RTX)["decoder"]
     assert [found["ids"][k] for k in ("min", "opt", "max")] == [[1, 1], [1, 1], [8, 10]]
     assert [found["p0"][k][2] for k in ("min", "opt", "max")] == [1, 5, 10]
     assert [found["mask"][k][1] for k in ("min", "opt", "max")] == [2, 6, 20]
@@ -218,5 +217,5 @@ def test_a_decoders_profile_is_for_one_token_and_a_growing_cache() -> None:
 
 def test_a_fixed_target_has_fixed_profiles() -> None:
     fixed = program(inputs=[{"name": "x", "dtype": "float32", "shape": [1, 16, WIDTH]}])
-    found = profiles(fixed, Target(name="t", backend="tensorrt"))["block"]["x"]
+    found = profiles(*fixed, Target(name="t", backend="tensorrt"))["block"]["x"]
     assert list(found.values()) == [[1, 16, WIDTH]] * 3
