@@ -1,15 +1,15 @@
-# make setup | demo | test | e2e-full | check | bench | bench-whisper
+# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | device
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test e2e-full check bench bench-whisper
+.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt device
 
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compress,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compress,dev,tensorrt-rtx]'
 	touch $@
 
 demo: setup
@@ -29,6 +29,12 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
+
+device: setup
+	$(BIN)/pytest tests/device
+
+bench-tensorrt: setup
+	$(BIN)/python tests/bench/tensorrt.py
 
 bench-whisper: setup .venv/peers/.installed
 	$(BIN)/python tests/bench/whisper.py

@@ -16,7 +16,8 @@ def compile_component(
 ) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
     """Load `component` from its .onnx; the returned call maps named inputs to named outputs.
 
-    settings   threads
+    settings   threads; qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
+
     Raises InputError in ONNX Runtime's words for a graph that it can't load or run.
     """
     try:
@@ -35,6 +36,8 @@ def compile_component(
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings["threads"]
+    if settings.get("qdq") == "as written":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = ort.InferenceSession(files[f"{name}.onnx"], options, providers=["CPUExecutionProvider"])
     except failures as e:

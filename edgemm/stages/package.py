@@ -13,6 +13,7 @@ import numpy as np
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import Sample, split
+from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
@@ -34,7 +35,10 @@ def package(
     # Names, not paths: where model and data lay is nobody's business on the device.
     name, data = Path(recipe.model).name, Path(recipe.data or "").name
     report = TargetReport.model_validate(verified.json("target.json"))
-    certificate = {"verdict": report.verdict, "accuracy": [a.model_dump(mode="json") for a in report.accuracy]}
+    accuracy = [a.model_dump(mode="json") for a in report.accuracy]
+    certificate: dict[str, Any] = {"verdict": report.verdict, "accuracy": accuracy}
+    if report.level:
+        certificate |= {"level": report.level, "established": report.established}
     provenance = {
         "engine": engine.digest,
         "source": source.digest,
@@ -48,7 +52,8 @@ def package(
         program = engine.json("program.json")
         _, samples = split(recipe, lambda: program)
         files = {n: (engine.path / n).read_bytes() for n in engine.manifest.files if n != "program.json"}
-        files |= golden(samples[:GOLDEN], open_directory(engine.path))
+        session = simulation(engine, target) if target.dialect == "tensorrt" else open_directory(engine.path)
+        files |= golden(samples[:GOLDEN], session)
         files["check.npz"] = (source.path / "reference.npz").read_bytes()
         manifest = {
             "model": name,
