@@ -13,6 +13,7 @@ import numpy as np
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import Sample, split
+from edgemm.device.files import RUNNER, TRTEXEC, device_files
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
@@ -20,16 +21,28 @@ from edgemm.runtime.session import Array, Session, open_directory
 from edgemm.target import Target
 
 GOLDEN = 4
+BESIDE = (RUNNER, TRTEXEC)
 
 
 def package(
-    verified: Artifact, engine: Artifact, source: Artifact, recipe: Recipe, target: Target, runs: Path
+    verified: Artifact,
+    engine: Artifact,
+    graph: Artifact,
+    source: Artifact,
+    recipe: Recipe,
+    target: Target,
+    runs: Path,
 ) -> Artifact:
     """The bundle of a verified engine: model.edgemm in the artifact.
 
     Inside: the components, tokenizer.json, golden/ (inputs and expected outputs), check.npz (the FP32
     model's outputs on the verification split, for `edgemm verify`), and manifest.json with the
     program, the parity certificate and provenance. Format: runtime/bundle.py.
+
+    Where the engine is built on the device, the bundle has what device/files.py lists instead of golden/ and
+    check.npz, and the artifact also has the files of it that are to lie beside the bundle.
+
+    graph   the FP32 graphs that the engine was made of
     """
     # Names, not paths: where model and data lay is nobody's business on the device.
     name, data = Path(recipe.model).name, Path(recipe.data or "").name
@@ -48,8 +61,13 @@ def package(
         program = engine.json("program.json")
         _, samples = split(recipe, lambda: program)
         files = {n: (engine.path / n).read_bytes() for n in engine.manifest.files if n != "program.json"}
-        files |= golden(samples[:GOLDEN], open_directory(engine.path))
-        files["check.npz"] = (source.path / "reference.npz").read_bytes()
+        if program["backend"] == "tensorrt":
+            files |= device_files(engine, graph, samples, recipe, target)
+            for name in BESIDE:
+                (out / Path(name).name).write_bytes(files[name])
+        else:
+            files |= golden(samples[:GOLDEN], open_directory(engine.path))
+            files["check.npz"] = (source.path / "reference.npz").read_bytes()
         manifest = {
             "model": name,
             "target": target.name,

@@ -22,7 +22,7 @@ from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import is_random, split
-from edgemm.errors import InputError
+from edgemm.errors import InputError, ToolchainError
 from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
 from edgemm.report.schema import (
@@ -123,9 +123,15 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
     """Repeat a bundle's check on this machine: golden outputs, then accuracy against the FP32 outputs inside.
 
     data   another place of the data that the bundle was verified on; it must have the same samples
-    Raises InputError when the samples here are not those that the FP32 outputs belong to.
+    Raises InputError when the samples here are not those that the FP32 outputs belong to, ToolchainError when only
+    a device can tell: device_report.py judges what it says.
     """
     content = read_bundle(bundle)
+    if "device/spec.json" in content.files:
+        raise ToolchainError(
+            f"the engines of {bundle} are built and checked on the device",
+            fix="run device_runner.py there, then edgemm verify BUNDLE --device-report device-report.json",
+        )
     session = Session(content.files, content.manifest["program"], str(bundle))
     provenance = content.manifest["provenance"]
     recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{bundle}: provenance.recipe")
@@ -296,22 +302,25 @@ def accuracy_gates(rows: Sequence[Accuracy], recipe: Recipe) -> list[Gate]:
     ]
 
 
-def budget_gates(target: Target, latency: Latency, memory: Memory, size: Size) -> list[Gate]:
+def budget_gates(target: Target, latency: Latency | None, memory: Memory | None, size: Size) -> list[Gate]:
+    """A gate a budget; one whose quantity was not measured can't pass."""
     budgets = target.budgets
-    low, high = latency.speedup_ci95
     gates = []
     if (limit := budgets.min_speedup) is not None:
-        verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
-        speedup = latency.speedup_p50
+        verdict, detail, speedup = "INCONCLUSIVE", "FP32 was not run", None
+        if latency and latency.speedup_ci95:
+            low, high = latency.speedup_ci95
+            verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
+            speedup = latency.speedup_p50
         gates.append(Gate(name="speed-up p50", value=speedup, limit=limit, unit="x", verdict=verdict, detail=detail))
     for name, value, most, unit in (
-        ("latency p50", latency.compressed.p50_ms, budgets.max_p50_ms, "ms"),
-        ("peak memory", memory.compressed_peak_mb, budgets.max_peak_mb, "MB"),
+        ("latency p50", latency.compressed.p50_ms if latency else None, budgets.max_p50_ms, "ms"),
+        ("peak memory", memory.compressed_peak_mb if memory else None, budgets.max_peak_mb, "MB"),
         ("size ratio", size.compressed_bytes / size.fp32_bytes, budgets.max_size_ratio, "of FP32"),
     ):
         if most is not None:
-            verdict = at_most(value, most)
-            gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail="at most"))
+            verdict, detail = ("INCONCLUSIVE", "not measured") if value is None else (at_most(value, most), "at most")
+            gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail=detail))
     return gates
 
 

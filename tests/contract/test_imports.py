@@ -109,10 +109,13 @@ def may_import(module: str, imported: str) -> bool:
     if own in GROUPS:
         its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
         return other in ("core", "runtime", "report", own) or imported in SHARED or its_own_model
+    if own == "device":
+        return other in ("core", "runtime", own) or imported in SHARED
     if own == "stages":
-        return other in ("core", "runtime", "report", "verdict", "parity") or imported in SHARED or imported == module
-    if own in ("pipeline", "inspection"):
-        return other not in ("pipeline", "inspection")
+        its_parts = ("core", "runtime", "report", "verdict", "parity", "device")
+        return other in its_parts or imported in SHARED or imported == module
+    if own in ("pipeline", "inspection", "device_report", "triton"):
+        return other not in ("pipeline", "inspection", "device_report", "triton")
     return own in ("cli", "edgemm", "edgemm.__main__")
 
 
@@ -174,6 +177,8 @@ def test_every_part_of_the_design_is_there_to_be_checked() -> None:
         ("edgemm.backends.openvino", "import openvino"),
         ("edgemm.reasoner.train", "from edgemm.models import find_family"),
         ("edgemm.reasoner.train", "from edgemm.data.easy_vqa import samples"),
+        ("edgemm.device.files", "from edgemm.stages.verify import verify"),
+        ("edgemm.runtime.session", "from edgemm.device import device_runner"),
         ("edgemm.inspection", "from edgemm.cli import main"),
         ("edgemm.stages.load", "import edgemm.cli"),
         ("edgemm.stages.load", "from edgemm import verify"),
