@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.artifact import Artifact, build
-from edgemm.data import Sample, noise
+from edgemm.data import noise
 from edgemm.device.files import device_files
 from edgemm.recipe import Recipe, Verify
 from edgemm.runtime.bundle import write_bundle
@@ -20,24 +21,30 @@ from edgemm.target import Budgets, Target
 WIDTHS = {"encoder": ("x", "h", 16, 32), "head": ("h", "logits", 32, 3)}
 RECIPE = Recipe(name="tiny", model="tiny", data="random:40", verify=Verify(rounds=4))
 TARGET = Target(name="jetson-test", backend="tensorrt", budgets=Budgets(max_p50_ms=1000, max_peak_mb=100_000))
-PROGRAM: dict[str, Any] = {
-    "backend": "tensorrt",
-    "settings": {"threads": 1, "precision": "f16"},
-    "components": [
-        {
-            "name": name,
-            "inputs": [{"name": x, "dtype": "float32", "shape": ["batch", wide]}],
-            "outputs": [{"name": y, "dtype": "float32", "shape": ["batch", high]}],
-            "max_sizes": {"batch": 16},
-        }
-        for name, (x, y, wide, high) in WIDTHS.items()
-    ],
-    "tensors": [{"tensor": "x", "kind": "tensor"}],
-    "output": {"kind": "labels", "tensor": "logits", "labels": ["circle", "square", "star"]},
-    "profiles": {
-        name: {x: {"min": [1, wide], "opt": [1, wide], "max": [4, wide]}} for name, (x, _, wide, _) in WIDTHS.items()
-    },
-}
+
+
+def program(names: Sequence[str] = tuple(WIDTHS)) -> dict[str, Any]:
+    """program.json of the named components."""
+    first, last = WIDTHS[names[0]], WIDTHS[names[-1]]
+    return {
+        "backend": "tensorrt",
+        "settings": {"threads": 1, "precision": "f16"},
+        "components": [
+            {
+                "name": name,
+                "inputs": [{"name": x, "dtype": "float32", "shape": ["batch", wide]}],
+                "outputs": [{"name": y, "dtype": "float32", "shape": ["batch", high]}],
+                "max_sizes": {"batch": 16},
+            }
+            for name, (x, y, wide, high) in ((n, WIDTHS[n]) for n in names)
+        ],
+        "tensors": [{"tensor": first[0], "kind": "tensor"}],
+        "output": {"kind": "labels", "tensor": last[1], "labels": ["circle", "square", "star"]},
+        "profiles": {
+            name: {x: {"min": [1, wide], "opt": [1, wide], "max": [4, wide]}}
+            for name, (x, _, wide, _) in ((n, WIDTHS[n]) for n in names)
+        },
+    }
 
 
 def graph(name: str, precision: str) -> onnx.ModelProto:
@@ -69,41 +76,38 @@ def graph(name: str, precision: str) -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def artifacts(runs: Path) -> tuple[Artifact, Artifact]:
-    """(engine, the FP32 graph behind it)."""
+def artifacts(runs: Path, made: dict[str, Any]) -> tuple[Artifact, Artifact]:
+    """(engine, the FP32 graph behind it) of a program."""
+    names = [c["name"] for c in made["components"]]
 
     def make_graph(out: Path) -> None:
-        for name in WIDTHS:
+        for name in names:
             onnx.save(graph(name, "fp32"), out / f"{name}.onnx")
-        program = {k: v for k, v in PROGRAM.items() if k != "profiles"} | {"backend": "onnxruntime"}
-        program["settings"] = {"threads": 1}
-        (out / "program.json").write_text(json.dumps(program))
+        plain = {k: v for k, v in made.items() if k != "profiles"}
+        plain |= {"backend": "onnxruntime", "settings": {"threads": 1}}
+        (out / "program.json").write_text(json.dumps(plain))
 
     def make_engine(out: Path) -> None:
-        for name in WIDTHS:
+        for name in names:
             for precision in ("fp16", "int8"):
                 onnx.save(graph(name, precision), out / f"{name}.{precision}.onnx")
-        (out / "program.json").write_text(json.dumps(PROGRAM))
+        (out / "program.json").write_text(json.dumps(made))
 
-    fp32 = build("graph", runs, config={}, make=make_graph)
+    fp32 = build("graph", runs, config={"program": made}, make=make_graph)
     return build("engine", runs, parents=[fp32], config={}, make=make_engine), fp32
 
 
-def samples(n: int = 12) -> list[Sample]:
-    return noise.samples(PROGRAM, n, 1)
-
-
-def bundle(folder: Path, **changes: Any) -> Path:
-    """A bundle for `device_runner.py`; `changes` replace fields of the target."""
-    engine, fp32 = artifacts(folder / "runs")
-    target = TARGET.model_copy(update=changes)
+def bundle(folder: Path, names: Sequence[str] = tuple(WIDTHS), target: Target = TARGET, **certificate: Any) -> Path:
+    """A bundle for `device_runner.py` of the named components."""
+    made = program(names)
+    engine, fp32 = artifacts(folder / "runs", made)
     files = {n: (engine.path / n).read_bytes() for n in engine.manifest.files if n != "program.json"}
-    files |= device_files(engine, fp32, samples(), RECIPE, target)
+    files |= device_files(engine, fp32, noise.samples(made, 12, 1), RECIPE, target)
     manifest = {
         "model": "tiny",
         "target": target.name,
-        "program": PROGRAM,
-        "certificate": {"verdict": "UNVERIFIED", "accuracy": []},
+        "program": made,
+        "certificate": {"verdict": "UNVERIFIED", "accuracy": [], **certificate},
         "provenance": {
             "recipe": RECIPE.model_dump(mode="json", by_alias=True),
             "target": target.model_dump(mode="json", by_alias=True),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
+from google.protobuf.message import DecodeError
 
 SETTINGS = json.loads(os.environ.get("FAKE_TENSORRT", "{}"))
 VERSION = SETTINGS.get("version", "10.3")
@@ -31,15 +31,14 @@ MAGIC = f"fake plan of TensorRT {__version__}\n".encode()
 OUT_OF_MEMORY, INVALID_VALUE = 2, 1
 
 
-def read_contract() -> dict[str, dict[str, str]]:
-    """Name -> version -> its arguments in parentheses, or nothing for what is no call."""
-    found: dict[str, dict[str, str]] = {}
+def read_contract() -> dict[str, set[str]]:
+    """Version -> every name of it, calls with their arguments in parentheses."""
+    found: dict[str, set[str]] = {}
     for line in CONTRACT.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             call, versions = line.rsplit("  ", 1)
-            name, bracket, arguments = call.partition("(")
             for version in versions.split():
-                found.setdefault(name, {})[version] = bracket + arguments
+                found.setdefault(version, set()).add(call)
     return found
 
 
@@ -199,7 +198,7 @@ class OnnxParser:
     def parse(self, model: bytes, path: str | None = None) -> bool:
         try:
             self._network._model = onnx.load_from_string(model)
-        except ValueError:  # protobuf's DecodeError
+        except DecodeError:
             self._errors = [ParserError("Failed to parse ONNX model from buffer")]
             return False
         self._network._bytes = bytes(model)
@@ -306,6 +305,8 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._set: dict[str, tuple[int, ...]] = {}
         self._known: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
+        import onnxruntime  # where it is needed: a process that builds starts sooner without
+
         self._session = onnxruntime.InferenceSession(engine._bytes, providers=["CPUExecutionProvider"])
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -457,17 +458,22 @@ CLASSES = [
     for kind in list(globals().values())
     if inspect.isclass(kind) and kind.__module__ == __name__ and kind not in (FakeDriver, Value)
 ]
-EVERY_CALL = {f"{kind.__name__}.{name}": text for kind in CLASSES for name, text in calls_of(kind).items()}
+
+
+def calls() -> set[str]:
+    """What this module has now, as the contract writes it."""
+    return {f"{kind.__name__}.{name}{text}" for kind in CLASSES for name, text in calls_of(kind).items()}
 
 
 def forget_what_the_version_lacks() -> None:
-    contract = read_contract()
+    names = {call.partition("(")[0] for call in read_contract()[VERSION]}
     for kind in CLASSES:
         for name in calls_of(kind):
-            if VERSION not in contract.get(f"{kind.__name__}.{name}", {}):
+            if f"{kind.__name__}.{name}" not in names:
                 delattr(kind, name)
 
 
+EVERY_CALL = calls()
 forget_what_the_version_lacks()
 DRIVER = FakeDriver()
 _cdll = ctypes.CDLL
