@@ -51,7 +51,8 @@ def device_files(
     Raises InputError when no sample fits the profiles, or a graph gives NaN.
     """
     program = engine.json("program.json")
-    cases = reference_cases(open_directory(graph.path), program["profiles"], samples)
+    session = open_directory(graph.path)
+    cases = reference_cases(session, program["profiles"], samples)
     facts = target.model_dump(mode="json")
     spec = {
         "schema": 1,
@@ -63,7 +64,7 @@ def device_files(
         "power_mode": facts.get("power_mode"),
         "gates": {"max_p50_ms": target.budgets.max_p50_ms, "max_peak_mb": target.budgets.max_peak_mb},
         "rounds": recipe.verify.rounds,
-        "decoder": program["output"].get("decoder"),
+        "decoder": session.decoder,
         "fp32_bytes": sum((graph.path / f"{c['name']}.onnx").stat().st_size for c in program["components"]),
     }
     stored = BytesIO()
