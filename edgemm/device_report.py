@@ -17,7 +17,7 @@ from edgemm import plugins
 from edgemm.device import device_runner
 from edgemm.errors import InputError
 from edgemm.recipe import Recipe
-from edgemm.report.device import Candidate, DeviceComponent, DeviceReport
+from edgemm.report.device import Candidate, DeviceComponent, DeviceReport, read_report
 from edgemm.report.schema import (
     Accuracy,
     BundleFile,
@@ -80,14 +80,6 @@ def verify_device(path: Path, report: Path) -> TargetReport:
         bundle=BundleFile(path=str(path), sha256=bundle.sha256),
         notes=notes(measured),
     )
-
-
-def read_report(path: Path) -> DeviceReport:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"cannot read device report {path}: {e}", fix="give device_runner.py's report") from e
-    return plugins.validate(DeviceReport, values, str(path))
 
 
 def component_gates(component: DeviceComponent, spec: Any, where: Path) -> list[Gate]:

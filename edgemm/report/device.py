@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from edgemm import plugins
+from edgemm.errors import InputError
 from edgemm.recipe import Strict
 from edgemm.report.schema import BundleFile, Percentiles
 
@@ -115,3 +119,12 @@ class DeviceReport(Strict):
     memory: DeviceMemory | None
     gates: tuple[DeviceGate, ...]
     notes: tuple[str, ...]
+
+
+def read_report(path: Path) -> DeviceReport:
+    """A device-report.json that is whole; InputError says what in it is not."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"cannot read device report {path}: {e}", fix="give device_runner.py's report") from e
+    return plugins.validate(DeviceReport, values, str(path))
