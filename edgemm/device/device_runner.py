@@ -26,11 +26,10 @@ import ctypes
 import fcntl
 import hashlib
 import importlib
-import io
 import json
-import mmap
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -75,25 +74,20 @@ def log(text: str) -> None:
 
 
 class Bundle:
-    """A bundle whose seal and every file's digest were checked; format: edgemm/runtime/bundle.py."""
+    """A bundle; format: edgemm/runtime/bundle.py. `check` its seal and the digest of every file in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: bool = True) -> None:
         self.path = path
         again = "copy the bundle again from where it was made"
         try:
-            with path.open("rb") as f:
-                content = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-            body, seal = content[:-HEX_DIGITS], bytes(content[-HEX_DIGITS:])
-            if bytes(body[-len(SEAL) :]) != SEAL or hashlib.sha256(body).hexdigest().encode() != seal:
-                raise ValueError("its SHA-256 is not the one it ends with")
-            self.sha256 = hashlib.sha256(content).hexdigest()
+            self.sha256 = self._sealed() if check else ""
             self.archive = zipfile.ZipFile(path)
-            self.manifest: Json = json.loads(self.archive.read("manifest.json"))
+            self.manifest: Json = json.loads(self.read("manifest.json"))
             self.files: Json = self.manifest["files"]
             names = sorted(name for name in self.archive.namelist() if name != "manifest.json")
             if names != sorted(self.files):
                 raise ValueError("its files are not those of its manifest")
-            for name in names:
+            for name in names if check else ():
                 if hashlib.sha256(self.read(name)).hexdigest() != self.files[name]["sha256"]:
                     raise ValueError(f"{name} is not the file that the manifest names")
         except OSError as e:
@@ -105,16 +99,29 @@ class Bundle:
             raise Refused(2, f"{path} is for {target}, whose engines are not built on the device", "edgemm run BUNDLE")
         self.spec: Json = json.loads(self.read("device/spec.json"))
 
+    def _sealed(self) -> str:
+        """SHA-256 of the whole file, whose last digits are that of all before them."""
+        left, last, digest = self.path.stat().st_size - HEX_DIGITS, b"", hashlib.sha256()
+        with self.path.open("rb") as f:
+            while left > 0 and (block := f.read(min(left, 1 << 20))):
+                left, last = left - len(block), (last + block)[-len(SEAL) :]
+                digest.update(block)
+            seal = f.read()
+        if last != SEAL or digest.hexdigest().encode() != seal:
+            raise ValueError("its SHA-256 is not the one it ends with")
+        digest.update(seal)
+        return digest.hexdigest()
+
     def read(self, name: str) -> bytes:
         return self.archive.read(name)
 
-    def cases(self, component: str) -> list[tuple[Tensors, Tensors]]:
-        """[(inputs, outputs of the FP32 graph)] of a component, from device/reference.npz."""
+    def cases(self, component: str, most: int = 1 << 20) -> list[tuple[Tensors, Tensors]]:
+        """[(inputs, outputs of the FP32 graph)] of a component, from device/reference.npz; at most the first `most`."""
         found: dict[int, dict[str, dict[str, NDArray[Any]]]] = {}
-        with np.load(io.BytesIO(self.read("device/reference.npz"))) as stored:
+        with self.archive.open("device/reference.npz") as file, np.load(file) as stored:
             for key in stored.files:
                 name, index, way, tensor = key.split("/", 3)
-                if name == component:
+                if name == component and int(index) < most:
                     found.setdefault(int(index), {"in": {}, "out": {}})[way][tensor] = stored[key]
         return [(case["in"], case["out"]) for _, case in sorted(found.items())]
 
@@ -497,30 +504,50 @@ class Run:
         self.trt, self.cuda = import_tensorrt(), Cuda()
         self.hardware = hardware_of(self.trt, self.cuda)
         self.cache = Cache(folder, bundle, self.hardware)
+        self.built: set[tuple[str, str]] = set()  # in this run
+        self.failed: dict[tuple[str, str], Unfit] = {}
 
     def child(self, *arguments: str) -> str:
         """This file again, in a process of its own; its stdout. Unfit with its last words when it fails."""
         command = [sys.executable, str(Path(__file__).resolve()), str(self.bundle.path), "--cache", str(self.folder)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode == -signal.SIGKILL:
+            raise Unfit("killed by signal 9, which is how a system out of memory ends a process")
         if done.returncode < 0:
-            raise Unfit(f"killed by signal {-done.returncode}, which is how a system out of memory ends a process")
+            raise Unfit(f"crashed with signal {-done.returncode}")
         if done.returncode:
             raise Unfit(done.stderr.strip().rpartition("unfit: ")[2][-2000:] or f"it ended with {done.returncode}")
         return done.stdout
 
-    def load(self, component: str, precision: str) -> tuple[Engine, Json, bool]:
-        """(engine, record, whether it came from the cache): built when it is not there, does not load or is damaged."""
-        if found := self.cache.find(component, precision):
-            try:
-                return Engine(self.trt, self.cuda, found[0]), found[1], True
-            except Unfit as e:
-                log(f"{component} {precision}: the cached engine is of no use ({e})")
+    def build_missing(self) -> None:
+        """Build what the cache lacks, before this process takes any of the device's memory."""
+        for component, spec in self.bundle.spec["components"].items():
+            for precision in spec["candidates"]:
+                if not self.cache.find(component, precision):
+                    self.build(component, precision)
+
+    def build(self, component: str, precision: str) -> None:
         log(f"{component} {precision}: building")
-        self.child("--build", component, precision)
-        found = self.cache.find(component, precision)
-        if not found:
+        try:
+            self.child("--build", component, precision)
+            self.built.add((component, precision))
+        except Unfit as e:
+            self.failed[component, precision] = e
+
+    def load(self, component: str, precision: str) -> tuple[Engine, Json]:
+        """An engine and its record. One from the cache that does not load is built anew."""
+        if error := self.failed.get((component, precision)):
+            raise error
+        if not (found := self.cache.find(component, precision)):
             raise Unfit("the engine that was just built can't be read back")
-        return Engine(self.trt, self.cuda, found[0]), found[1], False
+        try:
+            return Engine(self.trt, self.cuda, found[0]), found[1]
+        except Unfit as e:
+            if (component, precision) in self.built:
+                raise
+            log(f"{component} {precision}: the cached engine is of no use ({e})")
+        self.build(component, precision)
+        return self.load(component, precision)
 
     def component(self, name: str) -> tuple[Json, Engine | None, list[Tensors]]:
         """One component: both candidates built, checked and timed, and the choice."""
@@ -533,7 +560,8 @@ class Run:
                 "sqnr_db": {}, "passed": False, "latency": None, "samples_ms": [],
             }  # fmt: skip
             try:
-                engine, record, row["cached"] = self.load(name, precision)
+                engine, record = self.load(name, precision)
+                row["cached"] = (name, precision) not in self.built
                 file = self.cache.path(name, precision).name
                 row["engine"] = {"file": file, "sha256": record["sha256"], "size_bytes": record["size_bytes"]}
                 row["build_s"], row["activation_bytes"] = record["build_s"], engine.activation_bytes
@@ -580,6 +608,7 @@ class Run:
         return {**latency(times), "samples_ms": times.ravel().tolist()}
 
     def report(self) -> Json:
+        self.build_missing()
         notes = ["device memory: cuMemAlloc for each input and output, TensorRT's own allocator for activations"]
         power = {"nvpmodel": nvpmodel(), "clocks_before": clocks()}
         if power["nvpmodel"] is None:
@@ -600,17 +629,17 @@ class Run:
         if len(loaded) < len(rows):
             notes.append("latency and memory of the whole are not measured: a component has no engine")
         else:
-            if self.bundle.spec["decoder"]:
-                notes.append("latency of the whole is not measured: it depends on how many tokens the decoder makes")
-            else:
-                whole = self.whole(loaded)
-            for engine, _ in loaded:
-                engine.close()
             try:
+                if self.bundle.spec["decoder"]:
+                    notes.append("latency of the whole is not measured: it depends on how many tokens a decoder makes")
+                else:
+                    whole = self.whole(loaded)
+                for engine, _ in loaded:
+                    engine.close()
                 shipped = [part for row in rows for part in (row["name"], row["shipped"])]
                 memory = json.loads(self.child("--peak", *shipped))
             except Unfit as e:
-                notes.append(f"memory is not measured: {e}")
+                notes.append(f"the whole is not measured to its end: {e}")
         power["clocks_after"] = clocks()
         gates = []
         for name, value in (("max_p50_ms", whole and whole["p50_ms"]), ("max_peak_mb", memory and memory["peak_mb"])):
@@ -652,9 +681,9 @@ def peak_memory(run: Run, shipped: list[str]) -> dict[str, float]:
         engine = Engine(run.trt, run.cuda, found[0])
         kept.append(engine)  # a device runs all of them
         del found
-        cases = run.bundle.cases(name)
-        for i in range(MEMORY_RUNS):
-            engine(cases[i % len(cases)][0])
+        ((inputs, _),) = run.bundle.cases(name, most=1)
+        for _ in range(MEMORY_RUNS):
+            engine(inputs)
     taken, most = max(0, free - run.cuda.free_bytes()), status_bytes("VmHWM")
     peak = host + taken if run.cuda.integrated else most + taken
     return {"host_peak_mb": most / 1e6, "device_mb": taken / 1e6, "peak_mb": peak / 1e6}
@@ -686,14 +715,16 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
-        run = Run(Bundle(options.bundle), options.cache)
+        its_parent_checked = bool(options.build or options.peak)
+        run = Run(Bundle(options.bundle, check=not its_parent_checked), options.cache)
         if options.build:
             run.cache.build(run.trt, *options.build)
             return 0
         if options.peak:
             sys.stdout.write(json.dumps(peak_memory(run, options.peak)))
             return 0
-        options.cache.mkdir(parents=True, exist_ok=True)
+        for folder in (options.cache, options.report.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with (options.cache / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run waits: two at once would time each other
             for left in options.cache.glob(".tmp-*"):
