@@ -24,7 +24,7 @@ from edgemm.stages.quantize import quantize
 from edgemm.stages.verify import host, verify
 from edgemm.target import Target
 
-TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "numpy")
+TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "tensorrt-rtx-cu13-libs", "numpy")
 
 
 def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetReport, Artifact | None]:
@@ -32,9 +32,9 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     source = load(recipe, runs)  # FP32 weights, recorded reference outputs
     pruned = prune(source, recipe, runs)  # smaller shapes, not masks
     graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
-    quantized = quantize(graph, recipe, runs)  # Q/DQ, ranges from the train split
-    precision = recipe.precision or target.precision
-    engine = compile_engine(quantized, target, precision, runs)  # OpenVINO IR
+    quantized = quantize(graph, recipe, target, runs)  # Q/DQ, ranges from the train split
+    precision = target.precision if target.dialect == "tensorrt" else recipe.precision or target.precision
+    engine = compile_engine(quantized, target, precision, runs)  # OpenVINO IR, TensorRT engine
     baseline = compile_engine(export(source, recipe.export, runs), target, "f32", runs)  # FP32, same runtime
     pruning = None if pruned is source else Pruning.model_validate(pruned.json("pruning.json"))
     verified = verify(engine, baseline, source, pruning, recipe, target, runs)

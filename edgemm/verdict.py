@@ -174,7 +174,8 @@ def at_least(interval: tuple[float, float], limit: float) -> Verdict:
 
 
 def raise_verdict(targets: Iterable[TargetReport]) -> None:
-    """VerdictError when a target FAILs, else InconclusiveError when one is INCONCLUSIVE."""
+    """VerdictError when a target FAILs, else InconclusiveError when one is INCONCLUSIVE or proven less than asked."""
+    targets = list(targets)
     gates = [(t.name, g) for t in targets for g in t.gates]
     for verdict, error, fix in (
         ("FAIL", VerdictError, "prune or quantize less, or change the limit in the recipe or target"),
@@ -183,3 +184,9 @@ def raise_verdict(targets: Iterable[TargetReport]) -> None:
         if missed := [f"{name}: {g.name}: {g.detail}, limit {g.limit:g}" for name, g in gates if g.verdict == verdict]:
             unmeasured = any(g.value is None for _, g in gates if g.verdict == verdict)
             raise error(f"{verdict}: " + "; ".join(missed), fix="--data with real samples" if unmeasured else fix)
+    for t in targets:
+        if t.verdict == "UNVERIFIED" and t.level and t.level_asked and t.level < t.level_asked:
+            raise InconclusiveError(
+                f"UNVERIFIED: {t.name}: level {t.level} is reached, and {t.level_asked} is asked. {t.established}",
+                fix=f"measure the bundle on the device, or ask for less: --set target.level={t.level}",
+            )

@@ -66,5 +66,7 @@ def command(
         for row in report.targets:
             title = f"{row.verdict}: {report.model} on {row.name}"
             console.table(title, ("", "FP32", "compressed", "change"), map(row_cells, comparison(row)))
+            if row.level:
+                console.result(f"level {row.level}. {row.established}")
             console.result(f"bundle: {row.bundle.path}" if row.bundle else "; ".join(row.notes))
     raise_verdict(report.targets)

@@ -86,6 +86,7 @@ class Component:
             "inputs": [asdict(p) for p in self.inputs],
             "outputs": [asdict(p) for p in self.outputs],
             "max_sizes": self.max_sizes,
+            **({"min_sizes": self.min_sizes} if self.min_sizes else {}),
         }
 
 

@@ -54,7 +54,7 @@ def cases(target: TargetReport) -> list[tuple[str, Verdict, str]]:
     gates = [(gate.name, gate.verdict, gate_line(gate)) for gate in target.gates]
     if any(verdict == target.verdict for _, verdict, _ in gates):
         return gates
-    return [*gates, ("verdict", target.verdict, "; ".join(target.notes) or headline(target))]
+    return [*gates, ("verdict", target.verdict, target.established or "; ".join(target.notes) or headline(target))]
 
 
 def set_counts(element: ET.Element, verdicts: Counter[str]) -> None:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edgemm.report.schema import Gate, Pruning, Report, TargetReport
+from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport
 
 NOT_MEASURED = "not measured"
+ENGINE_HEAD = ("engine", "INT8 products", "fused attention", "nodes in FP32", "layers")
 KINDS = {"cross": "cross-modal attention", "self": "self-attention", "merged": "merged attention"}
 
 
@@ -43,6 +44,10 @@ def section(target: TargetReport) -> list[str]:
         lines += table(("", "before", "after", "change"), rows, numbers=(1, 2, 3))
     else:
         lines += [NOT_MEASURED, ""]
+    if target.level:
+        lines += [f"### Level {target.level}", "", plain(target.established), ""]
+    if target.layers:
+        lines += ["### Engines", "", *table(ENGINE_HEAD, map(engine_cells, target.layers), numbers=(1, 2, 3, 4))]
     if target.notes:
         lines += ["### Notes", "", *(f"- {plain(note)}" for note in target.notes), ""]
     return [*lines, f"Bundle: {plain(bundle_line(target))}", ""]
@@ -119,6 +124,12 @@ def pruning_summary(pruning: Pruning) -> list[Row]:
     ):
         rows.append(Row(name, measure(before / 1e6, "M"), measure(after / 1e6, "M"), relative(before, after)))
     return rows
+
+
+def engine_cells(row: Layers) -> tuple[str, ...]:
+    """One engine: what runs in INT8 and what is fused, of how many."""
+    int8, fused = f"{row.int8_gemms} of {row.gemms}", f"{row.fused_attention} of {row.attention}"
+    return f"{row.component}, {row.precision}", int8, fused, str(row.float32_nodes), str(row.layers)
 
 
 def timing_note(target: TargetReport) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from edgemm.recipe import Strict
+from edgemm.target import Level
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
 
@@ -137,13 +138,37 @@ class Gate(Strict):
     detail: str
 
 
+class Layers(Strict):
+    """What the engine of one component computes how, as TensorRT's builder told; "unknown" where it can't be read.
+
+    gemms            products that have INT8 weights in the graph;  int8_gemms  those that the engine runs in INT8
+    attention        attention blocks in the graph;  fused_attention  those that are one kernel of the engine
+    float32_nodes    nodes of the graph that FP16 can't hold
+    layers           of the engine
+    """
+
+    component: str
+    precision: str
+    gemms: int
+    int8_gemms: int | Literal["unknown"]
+    attention: int
+    fused_attention: int | Literal["unknown"]
+    float32_nodes: int
+    layers: int | Literal["unknown"]
+
+
 class BundleFile(Strict):
     path: str
     sha256: str
 
 
 class TargetReport(Strict):
-    """One model on one target."""
+    """One model on one target.
+
+    level        how far a target was proven that this host can't measure, level_asked how far it must be, and
+                 `established` says in a sentence what that means; see edgemm/levels.py
+    layers       of each engine
+    """
 
     name: str
     verdict: Verdict
@@ -154,6 +179,10 @@ class TargetReport(Strict):
     pruning: Pruning | None
     gates: tuple[Gate, ...]
     bundle: BundleFile | None
+    level: Level | None = None
+    level_asked: Level | None = None
+    established: str = ""
+    layers: tuple[Layers, ...] = ()
     notes: tuple[str, ...] = ()
 
 

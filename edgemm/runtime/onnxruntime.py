@@ -16,7 +16,7 @@ def compile_component(
 ) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
     """Load `component` from its .onnx; the returned call maps named inputs to named outputs.
 
-    settings   threads
+    settings   threads; qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
     """
     try:
         import onnxruntime as ort
@@ -24,6 +24,8 @@ def compile_component(
         raise ToolchainError("ONNX Runtime is not installed", fix="pip install onnxruntime") from e
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings["threads"]
+    if settings.get("qdq") == "as written":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = ort.InferenceSession(files[f"{component['name']}.onnx"], options, providers=["CPUExecutionProvider"])
     inputs = [port["name"] for port in component["inputs"]]
     outputs = [port["name"] for port in component["outputs"]]

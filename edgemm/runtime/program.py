@@ -29,12 +29,13 @@ class Port(Strict):
 
 
 class ComponentSpec(Strict):
-    """One compiled graph. `max_sizes`: largest size of each dynamic axis."""
+    """One compiled graph. `max_sizes`: largest size of each dynamic axis; `min_sizes` the smallest where over 1."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     max_sizes: dict[Name, Size]
+    min_sizes: dict[Name, Size] = Field({})
 
 
 class ImageSpec(Strict):
@@ -241,15 +242,19 @@ class Settings(Strict):
 
 
 class Program(Strict):
-    """Components in the order they run. `backend`: the module of edgemm/runtime/ that runs them."""
+    """Components in the order they run. `backend`: the module of edgemm/runtime/ that runs them.
 
-    backend: Literal["openvino", "onnxruntime"]
+    profiles   shapes that TensorRT's engines take: by component, input, then min, opt and max
+    """
+
+    backend: Literal["openvino", "onnxruntime", "tensorrt", "tensorrt_rtx"]
     settings: Settings
     components: tuple[ComponentSpec, ...] = Field(min_length=1)
     image: ImageSpec | None = None
     text: TextSpec | None = None
     audio: AudioSpec | None = None
     tensors: tuple[TensorSpec, ...] = ()
+    profiles: dict[Name, dict[Name, dict[Literal["min", "opt", "max"], tuple[Size, ...]]]] = Field({})
     output: Output
 
     def sources(self) -> dict[str, set[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
+from edgemm.graph.profiles import profiles
 from edgemm.target import Target
 
 SHORT_TEXT = 64  # tokens
@@ -19,19 +20,34 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
     """Compile every component of `graph` for `target`.
 
     precision   of the float parts
-    The artifact holds the backend's files, the tokenizer, and program.json with backend and settings.
+    The artifact holds the backend's files, the tokenizer, and program.json with backend and settings. For TensorRT
+    program.json has the optimization profiles too, and layers.json says what each engine that was built computes how.
     """
     backend = plugins.plugin("backends", target.backend)
     settings = {"threads": target.threads, "precision": precision}
+    fields = {"compile", "sm", "opset_max", "precisions", "shapes", "memory_mb"}
+    hardware = target.model_dump(mode="json", include=fields) if target.dialect == "tensorrt" else {}
 
     def make(out: Path) -> None:
+        layers: dict[str, Any] = {}
         program = graph.json("program.json")
         for component in program["components"]:
-            log(f"compile {graph.manifest.kind} {component['name']} for {target.name}")
             if target.static:
                 fix_shapes(component, program)
+        if target.dialect == "tensorrt":
+            program["profiles"] = profiles(program, target)
+        for component in program["components"]:
+            name = component["name"]
+            log(f"compile {graph.manifest.kind} {name} for {target.name}")
+            if target.dialect == "tensorrt":
+                graphs = [graph.path / f"{name}.{p}.onnx" for p in target.precisions]
+                for file in [g for g in graphs if g.is_file()] or [graph.path / f"{name}.onnx"]:
+                    layers[file.stem] = backend.compile_component(file, out, program["profiles"][name], target)
+                continue
             shapes = {port["name"]: port["shape"] for port in component["inputs"]} if target.static else {}
-            backend.compile_component(graph.path / f"{component['name']}.onnx", out, shapes)
+            backend.compile_component(graph.path / f"{name}.onnx", out, shapes)
+        if any(layers.values()):
+            (out / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
         if (graph.path / "tokenizer.json").is_file():
             shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")
         program |= {"backend": target.backend, "settings": settings}
@@ -41,7 +57,7 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
         "engine",
         runs,
         parents=[graph],
-        config={"backend": target.backend, "static": target.static, **settings},
+        config={"backend": target.backend, "static": target.static, **settings, **hardware},
         tools=backend.TOOLS,
         make=make,
     )

@@ -14,6 +14,7 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import Sample, split
 from edgemm.device.files import RUNNER, TRTEXEC, device_files
+from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
@@ -61,13 +62,13 @@ def package(
         program = engine.json("program.json")
         _, samples = split(recipe, lambda: program)
         files = {n: (engine.path / n).read_bytes() for n in engine.manifest.files if n != "program.json"}
-        if program["backend"] == "tensorrt":
+        session = simulation(engine, target) if target.dialect == "tensorrt" else open_directory(engine.path)
+        files |= golden(samples[:GOLDEN], session)
+        files["check.npz"] = (source.path / "reference.npz").read_bytes()
+        if program["backend"] == "tensorrt" and target.compile == "on-device":
             files |= device_files(engine, graph, samples, recipe, target)
-            for name in BESIDE:
-                (out / Path(name).name).write_bytes(files[name])
-        else:
-            files |= golden(samples[:GOLDEN], open_directory(engine.path))
-            files["check.npz"] = (source.path / "reference.npz").read_bytes()
+            for beside in BESIDE:
+                (out / Path(beside).name).write_bytes(files[beside])
         manifest = {
             "model": name,
             "target": target.name,

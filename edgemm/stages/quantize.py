@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -13,36 +14,34 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError
+from edgemm.graph.lower import lower
 from edgemm.recipe import Recipe
 from edgemm.runtime.session import Tensors, open_directory
+from edgemm.target import Target
 
 STEPS = 4
 
 
-def quantize(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
-    """Quantize every component of `graph`; without a quantizer in the recipe, `graph` itself."""
+def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
+    """Quantize every component of `graph` in the target's dialect; see `plain` and `lowered`."""
+    return lowered(graph, recipe, target, runs) if target.dialect == "tensorrt" else plain(graph, recipe, runs)
+
+
+def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
+    """<component>.onnx as the recipe's quantizer makes it; without a quantizer in the recipe, `graph` itself."""
     if recipe.quantize is None:
         return graph
-    use = recipe.quantize.use
+    use, options = recipe.quantize.use, options_of(graph, recipe)
     quantizer = plugins.plugin("quantizers", use)
-    program = graph.json("program.json")
-    names = [c["name"] for c in program["components"]]
-    where = f"{recipe.name}: quantize"
-    for pattern in recipe.quantize.components:
-        if "*" not in pattern and pattern not in names:
-            raise InputError(f"{where}.components.{pattern}: no such component", fix=f"components: {', '.join(names)}")
-    options = {n: plugins.options("quantizers", use, recipe.quantize.of(n), where) for n in names}
 
     def make(out: Path) -> None:
-        wanted = {n for n in names if quantizer.needs_samples(options[n])}
+        wanted = {n for n in options if quantizer.needs_samples(options[n])}
         samples = record(graph, recipe, wanted)
-        for name in names:
+        for name in options:
             log(f"quantize {name}: {use}, {len(samples[name])} samples")
             model = quantizer.quantize(onnx.load(graph.path / f"{name}.onnx"), samples[name], options[name])
             onnx.save(model, out / f"{name}.onnx")
-        for name in ("tokenizer.json", "program.json"):
-            if (graph.path / name).is_file():
-                shutil.copyfile(graph.path / name, out / name)
+        copy_program(graph, out)
 
     return build(
         "quantized",
@@ -57,6 +56,61 @@ def quantize(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         tools=("nncf", "onnx", "onnxruntime", "easy-vqa"),
         make=make,
     )
+
+
+def lowered(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
+    """<component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx, as TensorRT takes them."""
+    precisions = [p for p in target.precisions if p != "int8" or recipe.quantize]
+    options = options_of(graph, recipe) if "int8" in precisions else {}
+    use = recipe.quantize.use if recipe.quantize and options else None
+
+    def make(out: Path) -> None:
+        names = [c["name"] for c in graph.json("program.json")["components"]]
+        samples = record(graph, recipe, set(names))
+        for name in names:
+            model, quantized = onnx.load(graph.path / f"{name}.onnx"), None
+            if use:
+                log(f"quantize {name}: {use}, {len(samples[name])} samples")
+                quantized = plugins.plugin("quantizers", use).quantize(model, samples[name], options[name])
+            log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
+            for precision, made in lower(model, quantized, samples[name], target.opset_max, name).items():
+                onnx.save(made, out / f"{name}.{precision}.onnx")
+        copy_program(graph, out)
+
+    return build(
+        "quantized",
+        runs,
+        parents=[graph],
+        config={
+            "dialect": target.dialect,
+            "opset_max": target.opset_max,
+            "precisions": precisions,
+            "use": use,
+            "components": {n: o.model_dump(mode="json") for n, o in options.items()},
+            "calibration": recipe.calibration,
+            "seed": recipe.seed,
+        },
+        tools=("nncf", "onnx", "onnxruntime", "easy-vqa"),
+        make=make,
+    )
+
+
+def options_of(graph: Artifact, recipe: Recipe) -> dict[str, Any]:
+    """The quantizer's options of each component. InputError for a component that the graph has not."""
+    assert recipe.quantize
+    names = [c["name"] for c in graph.json("program.json")["components"]]
+    where = f"{recipe.name}: quantize"
+    for pattern in recipe.quantize.components:
+        if "*" not in pattern and pattern not in names:
+            raise InputError(f"{where}.components.{pattern}: no such component", fix=f"components: {', '.join(names)}")
+    return {n: plugins.options("quantizers", recipe.quantize.use, recipe.quantize.of(n), where) for n in names}
+
+
+def copy_program(graph: Artifact, out: Path) -> None:
+    """tokenizer.json, where the model has one, and program.json."""
+    for name in ("tokenizer.json", "program.json"):
+        if (graph.path / name).is_file():
+            shutil.copyfile(graph.path / name, out / name)
 
 
 def record(graph: Artifact, recipe: Recipe, wanted: set[str]) -> dict[str, list[Tensors]]:

@@ -26,13 +26,24 @@ from edgemm.plugins import PACKAGE, names, plugin
 
 CORE = ("artifact", "recipe", "target", "errors", "plugins", "console")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
-FRAMEWORKS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "neural_compressor")
+FRAMEWORKS = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "tensorrt_rtx_bindings",
+    "neural_compressor",
+)
 NEVER_ON_THE_DEVICE = ("torch", "transformers", "onnx", "nncf", "neural_compressor", "onnxscript", "matplotlib")
 NOT_FOR_HELP = (*FRAMEWORKS, "matplotlib", "numpy", "PIL", "tokenizers", "safetensors", "easy_vqa")
 NO_PLUGINS = {  # what stages call a file for, where they don't call each of its group
     "save": [("models", "onnx")],  # a graph from outside is not pruned
     "samples": [("data", "manifest"), ("data", "noise")],  # the user's files, and noise
 }
+TENSORRT = ("tensorrt", "tensorrt_rtx")  # their engines depend on the GPUs that the target names
 SHARED = (
     "edgemm.models",
     "edgemm.models._graph",
@@ -102,18 +113,22 @@ def may_import(module: str, imported: str) -> bool:
         return other == "core"
     if own in ("runtime", "report"):
         return other in ("core", own)
+    if own == "graph":
+        return other in ("core", "graph")
     if own in ("verdict", "parity"):
         return other in ("core", "report", "verdict")
+    if own == "levels":
+        return other in ("core", "report", "runtime", "verdict")
     if own == "reasoner":
         return other in ("core", own) or imported == "edgemm.data"
     if own in GROUPS:
         its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
-        return other in ("core", "runtime", "report", own) or imported in SHARED or its_own_model
+        return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "device":
         return other in ("core", "runtime", own) or imported in SHARED
     if own == "stages":
-        its_parts = ("core", "runtime", "report", "verdict", "parity", "device")
-        return other in its_parts or imported in SHARED or imported == module
+        shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
+        return other in shared or imported in SHARED or imported == module
     if own in ("pipeline", "inspection", "device_report", "triton"):
         return other not in ("pipeline", "inspection", "device_report", "triton")
     return own in ("cli", "edgemm", "edgemm.__main__")
@@ -124,7 +139,8 @@ def complaints(module: str, source: str, is_package: bool = False) -> list[str]:
     found = []
     for use in imports_of(source, module, is_package):
         top, own = use.module.split(".")[0], area(module)
-        its_own = own == "runtime" and module == f"edgemm.runtime.{top}" and use.deferred
+        library = module.rpartition(".")[2]
+        its_own = own == "runtime" and top in (library, f"{library}_bindings") and use.deferred
         if (
             (top == "edgemm" and not may_import(module, use.module))
             or (own in ("core", "cli", "report", "verdict") and top in FRAMEWORKS)
@@ -175,6 +191,9 @@ def test_every_part_of_the_design_is_there_to_be_checked() -> None:
         ("edgemm.models.clip", "from edgemm.reasoner.model import Reasoner"),
         ("edgemm.models.clip", "from edgemm.stages.load import load"),
         ("edgemm.backends.openvino", "import openvino"),
+        ("edgemm.backends._tensorrt_lint", "import onnx"),
+        ("edgemm.graph.qdq", "from edgemm.quantizers import nncf"),
+        ("edgemm.levels", "from edgemm.stages.verify import accuracy_gates"),
         ("edgemm.reasoner.train", "from edgemm.models import find_family"),
         ("edgemm.reasoner.train", "from edgemm.data.easy_vqa import samples"),
         ("edgemm.device.files", "from edgemm.stages.verify import verify"),
@@ -287,6 +306,8 @@ def parameters(**takes: str) -> list[Any]:
     ),
 )
 def test_plugin_has_the_function_that_stages_call(group: str, name: str, function: str, given: list[str]) -> None:
+    if function == "compile_component" and name in TENSORRT:
+        given = [*given, "target"]
     found = getattr(plugin(group, name), function)
     inspect.signature(found).bind(*given)
     assert inspect.getdoc(found) or group == "models", "says what it does"
@@ -328,8 +349,10 @@ def test_backend_without_its_library_says_what_to_install(name: str) -> None:
         "from pathlib import Path\n"
         "from edgemm.errors import ToolchainError\n"
         "from edgemm.plugins import plugin\n"
+        "from edgemm.target import Target\n"
         f"backend = plugin('backends', {name!r})\n"
-        "for call in (backend.doctor, lambda: backend.compile_component(Path('x.onnx'), Path(), {})):\n"
+        f"more = [Target(name='x', backend={name!r})] if {name in TENSORRT} else []\n"
+        "for call in (backend.doctor, lambda: backend.compile_component(Path('x.onnx'), Path(), {}, *more)):\n"
         "    try:\n"
         "        call()\n"
         "    except ToolchainError as e:\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,41 @@ def test_recipe_survives_its_own_json(name: str) -> None:
 def test_target_survives_its_own_json(name: str) -> None:
     target = load_target(name)
     assert Target.model_validate(target.model_dump(mode="json", by_alias=True)) == target
+
+
+RTX = {"schema": 1, "backend": "tensorrt_rtx", "sm": [86], "precision": "f16", "precisions": ["int8", "fp16"]}
+ORIN = {**RTX, "backend": "tensorrt", "compile": "on-device", "sm": [87], "tensorrt": "10.3"}
+
+
+@pytest.mark.parametrize(
+    ("values", "change", "reason"),
+    [
+        (RTX, {"sm": [86, 87]}, "sm = 87: TensorRT-RTX compiles for 75, 80, 86, 89, 120, 121, and no Jetson is one"),
+        (RTX, {"sm": []}, "no GPU is named"),
+        (RTX, {"compile": "on-device"}, "TensorRT-RTX builds ahead of time"),
+        (RTX, {"precision": "bf16"}, "precision = bf16: TensorRT graphs have an FP16 base"),
+        (RTX, {"precisions": ["int8"]}, "FP16 is what INT8 must beat"),
+        (RTX, {"precisions": ["fp8", "fp16"], "sm": [89]}, "edgemm makes INT8 and FP16 graphs, and no FP8"),
+        (ORIN, {"precisions": ["fp8", "fp16"]}, r"sm 87 \(Jetson Orin\) has no FP8 units"),
+        (ORIN, {"sparsity": "2:4"}, "sparsity = 2:4 with INT8: TensorRT picks no sparse kernels for graphs with Q/DQ"),
+        (ORIN, {"sparsity": "2:4", "precisions": ["fp16"]}, "no pruner of edgemm makes that pattern"),
+        (ORIN, {"tensorrt": "8.6"}, "tensorrt = 8.6: strongly typed INT8 graphs need TensorRT 10"),
+        (ORIN, {"shapes": {"batch": [1, 8, 4]}}, r"shapes.batch = \[1, 8, 4\] is not min <= opt <= max"),
+        ({"schema": 1, "backend": "openvino"}, {"sm": [87]}, "sm means nothing to backend openvino"),
+    ],
+)
+def test_target_that_cannot_be_is_refused_with_the_reason(
+    values: dict[str, Any], change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    assert load_target(str(written(tmp_path, values))).backend == values["backend"]
+    message = refused(load_target, written(tmp_path, {**values, **change}))
+    assert re.search(reason, message), message
+    assert "fix: " in message
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_files("targets") if n != "x86-openvino"])
+def test_shipped_tensorrt_target_makes_int8_and_fp16(name: str) -> None:
+    target = load_target(name)
+    assert target.dialect == "tensorrt"
+    assert target.precisions == ("int8", "fp16")
+    assert target.level == ("L2" if target.compile == "host" else "L1")

@@ -1,0 +1,40 @@
+"""TensorRT 10 and 11: Jetson and servers, whose engines are built on the device that runs them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from edgemm.backends import _tensorrt
+from edgemm.errors import ToolchainError
+from edgemm.target import Target
+
+TOOLS = ("tensorrt", "onnx")
+
+
+def library() -> ModuleType:
+    try:
+        import tensorrt as trt
+    except ImportError as e:
+        raise ToolchainError(
+            "TensorRT is not installed: graphs for a Jetson are made, linted and simulated here (L1), and the engine "
+            "is built on the device",
+            fix="nothing for compile: on-device; for compile: host install TensorRT beside the GPU",
+        ) from e
+    return trt
+
+
+def compile_component(onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target) -> dict[str, Any]:
+    """The graph itself, linted, for the device to build from; with `compile: host`, the engine too."""
+    if target.compile == "host":
+        return _tensorrt.compile_engine(library(), onnx_file, out, shapes, target)
+    _tensorrt.check(onnx_file, shapes, target)
+    shutil.copyfile(onnx_file, out / onnx_file.name)
+    return {}
+
+
+def doctor() -> str:
+    """What TensorRT can do on this machine; ToolchainError when it is absent."""
+    return f"{library().__version__}: {_tensorrt.where_it_runs()}"

@@ -1,0 +1,195 @@
+"""Q/DQ as TensorRT takes it: symmetric INT8 around products with constant weights, and nowhere else.
+
+A quantizer decides ranges, smoothing and biases; where Q/DQ stands and how it is written is decided here. Softmax,
+products of two activations, residual sums, LayerNormalization and biases stay in float, so that attention stays one
+fused kernel. https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgemm.graph import View, attribute, prune_dead, replace
+
+SMALLEST = 16  # K and N from which INT8 has kernels that gain
+HIGHEST = 127
+SMALLEST_SCALE = np.float16(2**-20)  # still 16 steps above zero in float16
+# What moves values and does not change them: a range found before one of these holds after it.
+MOVES = {"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity", "Split", "Expand", "Flatten"}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What a quantizer found, without its Q/DQ.
+
+    model   the float graph, smoothed and with corrected biases
+    ranges  magnitude that each quantized activation's scale covers, by tensor; empty where only weights are INT8
+    """
+
+    model: onnx.ModelProto
+    ranges: dict[str, float]
+
+
+def strip(quantized: onnx.ModelProto) -> Calibrated:
+    """Take every Q/DQ pair out of a graph and keep the ranges; INT8 weights become float again."""
+    model = onnx.ModelProto()
+    model.CopyFrom(quantized)
+    view = View(model)
+    renamed: dict[str, str] = {}
+    ranges: dict[str, float] = {}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        quantize = view.made.get(node.input[0])
+        if quantize is None:
+            weight = numpy_helper.from_array(_dequantized(node, view), node.output[0])
+            model.graph.initializer.append(weight)
+            node.op_type = "Dead"
+        else:
+            source = quantize.input[0]
+            renamed[node.output[0]] = source
+            if source not in view.constants:
+                ranges[source] = max(ranges.get(source, 0.0), _magnitude(quantize, view))
+    replace(model.graph.node, [n for n in model.graph.node if n.op_type != "Dead"])
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+    prune_dead(model)
+    return Calibrated(model, ranges)
+
+
+def _parameters(node: onnx.NodeProto, view: View) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
+    """Scale and zero point of a Q or DQ node; the zero point is uint8 0 where there is none, as ONNX has it."""
+    scale = view.value(node.input[1])
+    zero = view.value(node.input[2]) if len(node.input) > 2 else np.zeros((), np.uint8)
+    assert scale is not None and zero is not None, f"{node.name}: scales that are computed"
+    return np.asarray(scale, np.float32), np.asarray(zero)
+
+
+def _magnitude(node: onnx.NodeProto, view: View) -> float:
+    scale, zero = _parameters(node, view)
+    kind = np.iinfo(zero.dtype)
+    offset = zero.astype(np.int64)
+    low = offset - kind.min - (kind.min < 0) * (offset == 0)  # symmetric INT8 uses -127 to 127
+    return float((np.maximum(low, kind.max - offset) * scale).max())
+
+
+def _dequantized(node: onnx.NodeProto, view: View) -> NDArray[np.float32]:
+    stored = view.value(node.input[0])
+    assert stored is not None, f"{node.name}: its input is neither quantized nor constant"
+    scale, zero = _parameters(node, view)
+    if len(node.input) < 3:
+        zero = zero.astype(stored.dtype)
+    if scale.ndim == 1 and scale.size > 1:
+        shape = [1] * stored.ndim
+        shape[attribute(node, "axis", 1)] = scale.size
+        scale = scale.reshape(shape)
+        zero = zero.reshape(shape) if zero.size > 1 else zero  # NNCF writes one for all channels
+    return ((stored.astype(np.int64) - zero.astype(np.int64)) * scale).astype(np.float32)
+
+
+def products(model: onnx.ModelProto) -> dict[str, int]:
+    """Name of each MatMul, Gemm and Conv that INT8 is for -> axis of its weights' output channels."""
+    view = View(model)
+    found = {}
+    for node in model.graph.node:
+        weight = view.constants.get(node.input[1]) if node.op_type in ("MatMul", "Gemm", "Conv") else None
+        shape = tuple(weight.dims) if weight is not None else ()
+        if node.op_type == "Conv" and len(shape) > 2:
+            axis, group = 0, attribute(node, "group", 1)
+            k, n = int(np.prod(shape[1:])), shape[0] // group
+        elif node.op_type != "Conv" and len(shape) == 2 and not attribute(node, "transA", 0):
+            axis = 1 - attribute(node, "transB", 0)
+            k, n = shape[1 - axis], shape[axis]
+        else:
+            continue
+        if min(k, n) >= SMALLEST:
+            found[node.name] = axis
+    return found
+
+
+def place(
+    floats: onnx.ModelProto, ranges: Mapping[str, float], largest: Mapping[str, float]
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """A float graph with named nodes -> the same with TensorRT's Q/DQ, and the names of the products that got it.
+
+    ranges   see Calibrated; without any, weights alone become INT8
+    largest  magnitude of each tensor on calibration samples, where the quantizer left no range
+    One Q and one DQ an activation, shared by all that take it; weights are stored as INT8, per output channel.
+    A product whose input is always zero stays in float: TensorRT refuses a scale of zero.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(floats)
+    view = View(model)
+    axes = products(model)
+    nodes: list[onnx.NodeProto] = []
+    dequantized: dict[str, str] = {}
+    placed = []
+    for node in model.graph.node:
+        if node.name in axes:
+            source = node.input[0]
+            magnitude = _range(source, ranges, largest, view) if ranges else 0.0
+            if magnitude > 0 or not ranges:
+                placed.append(node.name)
+                if ranges:
+                    if source not in dequantized:
+                        dequantized[source] = f"{source}/dequantized"
+                        nodes += _activation(source, magnitude, model)
+                    node.input[0] = dequantized[source]
+                weight = node.input[1]
+                if f"{weight}/dequantized" not in dequantized.values():
+                    dequantized[weight] = f"{weight}/dequantized"
+                    nodes.append(_weight(weight, axes[node.name], view, model))
+                node.input[1] = f"{weight}/dequantized"
+        nodes.append(node)
+    replace(model.graph.node, nodes)
+    prune_dead(model)
+    return model, tuple(placed)
+
+
+def _range(name: str, ranges: Mapping[str, float], largest: Mapping[str, float], view: View) -> float:
+    """The quantizer's range of a tensor, also through operators that only move values; else the one observed."""
+    at = name
+    while at not in ranges and at in view.made and view.made[at].op_type in MOVES:
+        at = view.made[at].input[0]
+    return ranges.get(at) or largest[name]
+
+
+def _activation(source: str, magnitude: float, model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    scale, zero = f"{source}/scale", f"{source}/zero"
+    model.graph.initializer.append(numpy_helper.from_array(half_scales(np.array(magnitude)), scale))
+    model.graph.initializer.append(helper.make_tensor(zero, TensorProto.INT8, [], [0]))
+    middle = f"{source}/quantized"
+    return [
+        helper.make_node("QuantizeLinear", [source, scale, zero], [middle], f"{source}/Q"),
+        helper.make_node("DequantizeLinear", [middle, scale, zero], [f"{source}/dequantized"], f"{source}/DQ"),
+    ]
+
+
+def _weight(name: str, axis: int, view: View, model: onnx.ModelProto) -> onnx.NodeProto:
+    value = np.asarray(view.value(name), np.float32)
+    others = tuple(i for i in range(value.ndim) if i != axis)
+    scale = half_scales(np.abs(value).max(others))
+    stored = np.rint(value / scale.reshape([-1 if i == axis else 1 for i in range(value.ndim)]))
+    for part, array in (
+        ("int8", stored.clip(-HIGHEST, HIGHEST).astype(np.int8)),
+        ("scale", scale),
+        ("zero", np.zeros(len(scale), np.int8)),
+    ):
+        model.graph.initializer.append(numpy_helper.from_array(array, f"{name}/{part}"))
+    inputs = [f"{name}/{part}" for part in ("int8", "scale", "zero")]
+    return helper.make_node("DequantizeLinear", inputs, [f"{name}/dequantized"], f"{name}/DQ", axis=axis)
+
+
+def half_scales(magnitude: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Scales that cover +-magnitude, rounded up to a float16 that is not zero, so that FP16 graphs round nothing."""
+    wanted = np.asarray(magnitude, np.float32) / HIGHEST
+    half = wanted.astype(np.float16)
+    half = np.where(half.astype(np.float32) < wanted, np.nextafter(half, np.float16(np.inf)), half)
+    return np.asarray(np.maximum(half, SMALLEST_SCALE), np.float32)
