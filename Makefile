@@ -1,15 +1,15 @@
-# make setup | demo | test | check | bench | bench-whisper
+# make setup | demo | test | check | bench | bench-whisper | bench-tensorrt
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test check bench bench-whisper
+.PHONY: setup demo test check bench bench-whisper bench-tensorrt
 
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compress,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compress,dev,tensorrt-rtx]'
 	touch $@
 
 demo: setup
@@ -26,6 +26,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
+
+bench-tensorrt: setup
+	$(BIN)/python tests/bench/tensorrt.py
 
 bench-whisper: setup .venv/peers/.installed
 	$(BIN)/python tests/bench/whisper.py

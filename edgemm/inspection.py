@@ -17,7 +17,19 @@ from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Session
 
-TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "numpy", "tokenizers", "easy-vqa")
+TOOLS = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "nncf",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+    "numpy",
+    "tokenizers",
+    "easy-vqa",
+)
 
 ANYWHERE: dict[str, Any] = {"backend": "onnxruntime", "settings": {"threads": 1}}
 

@@ -106,9 +106,7 @@ def sentence(target: Target, precision: str, judged: bool, built: bool, versions
 
 
 def layers(engine: Artifact) -> tuple[Layers, ...]:
-    """What each engine that was built computes how; empty where none was."""
-    if "layers.json" not in engine.manifest.files:
-        return ()
+    """What each engine computes how."""
     rows: dict[str, dict[str, Any]] = engine.json("layers.json")
     return tuple(
         Layers(component=stem.rpartition(".")[0], precision=stem.rpartition(".")[2], **counts)

@@ -104,7 +104,9 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     calibration: int = Field(300, ge=1, description="at most so many samples of the train split for scores and ranges")
     inputs: dict[str, InputKind] = Field({}, description="kind of an ONNX input, by name, where it can't be read off")
-    precision: Literal["f32", "bf16", "f16"] | None = Field(None, description="of the float parts; null: the target's")
+    precision: Literal["f32", "bf16", "f16"] | None = Field(
+        None, description="of the float parts; null: the target's, which TensorRT keeps"
+    )
     prune: tuple[Use, ...] = ()
     export: Export = Export()
     quantize: Quantize | None = None

@@ -20,7 +20,15 @@ from edgemm.target import Budgets, Target
 
 WIDTHS = {"encoder": ("x", "h", 16, 32), "head": ("h", "logits", 32, 3)}
 RECIPE = Recipe(name="tiny", model="tiny", data="random:40", verify=Verify(rounds=4))
-TARGET = Target(name="jetson-test", backend="tensorrt", budgets=Budgets(max_p50_ms=1000, max_peak_mb=100_000))
+TARGET = Target(
+    name="jetson-test",
+    backend="tensorrt",
+    compile="on-device",
+    sm=(87,),
+    precision="f16",
+    precisions=("int8", "fp16"),
+    budgets=Budgets(max_p50_ms=1000, max_peak_mb=100_000),
+)
 
 
 def program(names: Sequence[str] = tuple(WIDTHS)) -> dict[str, Any]:

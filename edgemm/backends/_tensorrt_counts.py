@@ -29,16 +29,15 @@ def count(model: Any, layers: Sequence[Row] | None) -> dict[str, int | str]:
     layers           layers of the engine;  "unknown" for what the table does not tell
     """
     from edgemm.graph import View
-    from edgemm.graph.lower import KEPT
+    from edgemm.graph.lower import kept_in_float32
 
     view = View(model)
-    kept = next((p.value for p in model.metadata_props if p.key == KEPT), "")
     wanted = {n.name: _reads_int8(n, view) for n in model.graph.node if _weights_are_int8(n, view)}
     blocks = [b for n in model.graph.node if n.op_type == "Softmax" and (b := _block(n, view))]
     found: dict[str, int | str] = {
         "gemms": len(wanted),
         "attention": len(blocks),
-        "float32_nodes": len(kept.split()),
+        "float32_nodes": len(kept_in_float32(model)),
     }
     if layers is None:
         return {**found, "int8_gemms": "unknown", "fused_attention": "unknown", "layers": "unknown"}

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from edgemm.backends import _tensorrt
+from edgemm.backends._tensorrt_counts import count
 from edgemm.errors import ToolchainError
 from edgemm.target import Target
 
@@ -27,12 +28,15 @@ def library() -> ModuleType:
 
 
 def compile_component(onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target) -> dict[str, Any]:
-    """The graph itself, linted, for the device to build from; with `compile: host`, the engine too."""
+    """The graph itself, linted, for the device to build from; with `compile: host`, the engine too.
+
+    What comes back is what the graph asks for; what an engine makes of it is known where one is built.
+    """
     if target.compile == "host":
         return _tensorrt.compile_engine(library(), onnx_file, out, shapes, target)
-    _tensorrt.check(onnx_file, shapes, target)
+    model = _tensorrt.check(onnx_file, shapes, target)
     shutil.copyfile(onnx_file, out / onnx_file.name)
-    return {}
+    return count(model, None)
 
 
 def doctor() -> str:

@@ -44,7 +44,8 @@ def command(
 ) -> None:
     """Prune, quantize, compile, prove and pack a model for one or more targets.
 
-    Exit codes: 0 all targets pass, 2 bad input, 3 a toolchain is absent, 4 FAIL, 5 INCONCLUSIVE.
+    Exit codes: 0 all targets pass, 2 bad input, 3 a toolchain is absent, 4 FAIL, 5 INCONCLUSIVE, or UNVERIFIED below
+    the level that the target asks for.
     """
     from edgemm.recipe import default_recipe, load_recipe
     from edgemm.target import load_target

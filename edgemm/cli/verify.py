@@ -45,6 +45,8 @@ def command(
     else:
         gates = ((g.name, g.verdict, measure(g.value, ""), measure(g.limit, g.unit), g.detail) for g in row.gates)
         console.table(f"{row.verdict}: {bundle}", ("gate", "verdict", "value", "limit", "detail"), gates)
+        if row.established:
+            console.log(row.established)
         for note in row.notes:
             console.log(note)
     raise_verdict([row])

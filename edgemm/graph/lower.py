@@ -12,7 +12,7 @@ from onnx import helper
 from edgemm.graph import half, qdq
 from edgemm.graph.ranges import largest
 
-KEPT = "edgemm.float32_nodes"  # metadata of a lowered graph: what stayed in float32, and why not all is FP16
+KEPT = "edgemm.float32_nodes"  # metadata of a lowered graph
 
 Samples = Sequence[Mapping[str, NDArray[Any]]]
 
@@ -40,3 +40,8 @@ def _halved(model: onnx.ModelProto, found: Mapping[str, float]) -> onnx.ModelPro
     graph, kept = half.to_half(model, found)
     helper.set_model_props(graph, {KEPT: " ".join(kept)})
     return graph
+
+
+def kept_in_float32(graph: onnx.ModelProto) -> list[str]:
+    """Names of the nodes of a lowered graph that FP16 can't hold."""
+    return next((p.value.split() for p in graph.metadata_props if p.key == KEPT), [])

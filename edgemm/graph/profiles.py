@@ -29,11 +29,11 @@ def _profile(component: Mapping[str, Any], output: Mapping[str, Any], target: Ta
                 sizes[axis] = _range(axis, component, target)
     if component["name"] == output.get("decoder"):
         _decoding(sizes, component, output, target)
-    fixed = lambda axis, i: sizes[axis][i] if isinstance(axis, str) else axis  # noqa: E731
-    return {
-        port["name"]: {k: [fixed(a, i) for a in port["shape"]] for i, k in enumerate(("min", "opt", "max"))}
-        for port in component["inputs"]
-    }
+    found: Profile = {}
+    for port in component["inputs"]:
+        ranges = [sizes[axis] if isinstance(axis, str) else (axis,) * 3 for axis in port["shape"]]
+        found[port["name"]] = {key: [r[i] for r in ranges] for i, key in enumerate(("min", "opt", "max"))}
+    return found
 
 
 def _range(axis: str, component: Mapping[str, Any], target: Target) -> Range:

@@ -139,7 +139,7 @@ class Gate(Strict):
 
 
 class Layers(Strict):
-    """What the engine of one component computes how, as TensorRT's builder told; "unknown" where it can't be read.
+    """What the engine of one component computes how, as TensorRT's builder told; "unknown" where none was built here.
 
     gemms            products that have INT8 weights in the graph;  int8_gemms  those that the engine runs in INT8
     attention        attention blocks in the graph;  fused_attention  those that are one kernel of the engine

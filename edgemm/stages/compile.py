@@ -21,7 +21,7 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
 
     precision   of the float parts
     The artifact holds the backend's files, the tokenizer, and program.json with backend and settings. For TensorRT
-    program.json has the optimization profiles too, and layers.json says what each engine that was built computes how.
+    program.json has the optimization profiles too, and layers.json says what each engine computes how.
     """
     backend = plugins.plugin("backends", target.backend)
     settings = {"threads": target.threads, "precision": precision}
@@ -46,7 +46,7 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
                 continue
             shapes = {port["name"]: port["shape"] for port in component["inputs"]} if target.static else {}
             backend.compile_component(graph.path / f"{name}.onnx", out, shapes)
-        if any(layers.values()):
+        if layers:
             (out / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
         if (graph.path / "tokenizer.json").is_file():
             shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")

@@ -14,7 +14,7 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError
-from edgemm.graph.lower import lower
+from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
 from edgemm.runtime.session import Tensors, open_directory
 from edgemm.target import Target
@@ -74,6 +74,8 @@ def lowered(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Arti
                 quantized = plugins.plugin("quantizers", use).quantize(model, samples[name], options[name])
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
             for precision, made in lower(model, quantized, samples[name], target.opset_max, name).items():
+                if kept := kept_in_float32(made):
+                    log(f"{name}.{precision}: {len(kept)} nodes stay in FP32, the first is {kept[0]}")
                 onnx.save(made, out / f"{name}.{precision}.onnx")
         copy_program(graph, out)
 

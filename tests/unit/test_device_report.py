@@ -103,7 +103,8 @@ def test_a_good_report_turns_unverified_into_pass(bundle: Path, report: dict[str
     assert (row.latency.fp32, row.latency.speedup_p50, row.memory.fp32_peak_mb) == (None, None, None)
     assert (row.memory.compressed_peak_mb, row.size.compressed_bytes) == (100.0, 2000)
     assert "from the device" in row.notes
-    assert any("NVIDIA Jetson Orin Nano" in n and "power mode NV Power Mode: 15W, 0" in n for n in row.notes)
+    assert (row.level, row.level_asked) == ("L3", "L3")
+    assert "NVIDIA Jetson Orin Nano" in row.established and "power mode NV Power Mode: 15W, 0" in row.established
 
 
 def test_a_report_without_fp32_can_be_shown(bundle: Path, report: dict[str, Any], tmp_path: Path) -> None:
@@ -287,6 +288,7 @@ def test_the_bundle_carries_all_that_a_device_needs(packed: Artifact) -> None:
     content = read_bundle(packed.path / "model.edgemm")
     assert set(content.files) == {
         *(f"{name}.{precision}.onnx" for name in devices.WIDTHS for precision in ("fp16", "int8")),
+        *("check.npz", "golden/expected.npz", "golden/inputs.json", *(f"golden/{i}.x.npy" for i in range(4))),
         "device/reference.npz",
         "device/spec.json",
         "device/trtexec.sh",

@@ -55,7 +55,7 @@ def reported(target: Target, runs: Path, built: bool, judged: bool = True, **bud
     graphs = {"block__int8__onnx": "int8", "block__fp16__onnx": "fp16"}
     engines = {"block__int8__engine": "x" * 25, "block__fp16__engine": "x" * 60}
     facts = '{"block.int8": ' + repr(COUNTS).replace("'", '"') + "}"
-    made = engine(runs, **graphs, **(engines | {"layers__json": facts} if built else {}))
+    made = engine(runs, **graphs, layers__json=facts, **(engines if built else {}))
     baseline = engine(runs, **({"block__engine": "x" * 100} if built else {"block__onnx": "x" * 100}))
     budgeted = target.model_copy(update={"budgets": target.budgets.model_copy(update=budgets)})
     accuracy = (Accuracy(**ROW),) if judged else ()

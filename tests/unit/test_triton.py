@@ -21,7 +21,7 @@ from edgemm.cli import build_app
 from edgemm.device import device_runner
 from edgemm.errors import InputError
 from edgemm.runtime.bundle import read_bundle, write_bundle
-from edgemm.target import Budgets
+from edgemm.target import Budgets, Target
 from edgemm.triton import Served, component_config, ensemble_config, ports, write_repository
 from edgemm.triton import text_format as write_text
 from tests import devices
@@ -63,7 +63,7 @@ def cpu_bundle(folder: Path, backend: str, *, static: bool, **budgets: float) ->
             files |= {f"{path.stem}.{s}": (folder / f"{path.stem}.{s}").read_bytes() for s in ("xml", "bin")}
         else:
             files[path.name] = path.read_bytes()
-    target = devices.TARGET.model_copy(update={"name": "box", "backend": backend, "budgets": Budgets(**budgets)})
+    target = Target(name="box", backend=backend, budgets=Budgets(**budgets))
     manifest = {
         "model": "my tiny:model",
         "target": "box",
