@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgemm import plugins
 from edgemm.device import device_runner
+from edgemm.device import files as device_files
 from edgemm.errors import InputError
 from edgemm.recipe import Recipe
 from edgemm.report.device import Candidate, DeviceComponent, DeviceReport, read_report
@@ -78,7 +79,7 @@ def verify_device(path: Path, report: Path) -> TargetReport:
         pruning=None,
         gates=tuple(gates),
         bundle=BundleFile(path=str(path), sha256=bundle.sha256),
-        notes=notes(measured),
+        notes=(established(measured), *notes(measured)),
     )
 
 
@@ -160,14 +161,18 @@ def latency_of(measured: DeviceReport) -> Latency | None:
     )
 
 
-def notes(measured: DeviceReport) -> tuple[str, ...]:
-    """What was and was not established, and on what."""
+def established(measured: DeviceReport) -> str:
+    """What was established on the device, and what was not."""
     hardware, mode = measured.hardware, (measured.power.nvpmodel or "unknown").replace("\n", ", ")
     return (
-        f"measured on {hardware.board or hardware.gpu}, compute capability {hardware.compute_capability}, TensorRT "
-        f"{hardware.tensorrt}, driver {hardware.driver}, power mode {mode}",
-        "accuracy is that of the simulation where the bundle was made; the device's engines are held to its outputs",
-        f"the speed-up over FP32 is not measured: {NO_FP32}",
-        *(f"{c.name}: {c.shipped or 'no engine'}: {c.reason}" for c in measured.components),
-        *measured.notes,
+        f"L3: measured on {hardware.board or hardware.gpu}, compute capability {hardware.compute_capability}, TensorRT "
+        f"{hardware.tensorrt}, driver {hardware.driver}, power mode {mode}: latency, memory, and each engine's outputs "
+        f"against FP32's on {device_files.CASES} inputs at most. Accuracy is that of the simulation, whose outputs the "
+        f"engines come near to. Not established: the speed-up over FP32, for {NO_FP32}."
     )
+
+
+def notes(measured: DeviceReport) -> tuple[str, ...]:
+    """Which engines are kept, and what the runner had to say."""
+    choices = (f"{c.name}: {c.shipped or 'no engine'}: {c.reason}" for c in measured.components)
+    return (*choices, *measured.notes)

@@ -122,7 +122,8 @@ def component_spec(folder: Path, component: dict[str, Any], program: dict[str, A
         file = folder / f"{name}.{precision}.onnx"
         if not file.is_file():
             continue
-        call = compile_component({f"{name}.onnx": file.read_bytes()}, component, program["settings"])
+        settings = {"threads": program["settings"]["threads"], "qdq": "as written"}
+        call = compile_component({f"{name}.onnx": file.read_bytes()}, component, settings)
         simulated = device_runner.check(call, cases)
         if missing := [output for output, db in simulated.items() if db is None]:
             raise InputError(
