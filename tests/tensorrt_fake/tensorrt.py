@@ -307,7 +307,9 @@ class IExecutionContext:
         self._known: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
         import onnxruntime  # where it is needed: a process that builds starts sooner without
 
-        self._session = onnxruntime.InferenceSession(engine._bytes, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q/DQ as written, as in the simulation
+        self._session = onnxruntime.InferenceSession(engine._bytes, options, providers=["CPUExecutionProvider"])
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name in self._engine._shapes:
