@@ -206,6 +206,14 @@ def test_with_no_engine_that_passes_the_exit_code_says_so(
         assert row["candidates"]["fp16"]["error"] == "out of memory"
 
 
+def test_a_device_that_dies_while_it_is_timed_ships_nothing(small_bundle: Path, run: Run) -> None:
+    """After such an error CUDA answers nothing more, FP16 neither; the report still says what happened."""
+    code, report, _ = run(small_bundle, dies="int8")
+    row = head(report)
+    assert (code, row["shipped"]) == (4, None)
+    assert all("illegal memory access" in c["error"] and not c["passed"] for c in row["candidates"].values())
+
+
 def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_path: Path) -> None:
     """At each fsync in turn: the cache then has the whole engine or none, and the next run goes on from there."""
     (tmp_path / "sitecustomize.py").write_text(CUT)
