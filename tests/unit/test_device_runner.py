@@ -148,9 +148,8 @@ def test_each_version_builds_checks_and_ships_the_faster_engine(
             assert min(db or 0 for db in candidate.sqnr_db.values()) > (60 if precision == "fp16" else 30)
             assert len(candidate.samples_ms) == 4 * 2 * device_runner.BLOCK
     assert measured.whole and measured.memory
-    assert measured.whole.p50_ms == pytest.approx(
-        sum(c.candidates["int8"].latency.p50_ms for c in measured.components), rel=0.5
-    )
+    parts = [c.candidates["int8"].latency.p50_ms for c in measured.components]
+    assert measured.whole.p50_ms > 0.5 * sum(parts), "one after the other"
     assert all(gate.held for gate in measured.gates)
 
 
