@@ -371,7 +371,6 @@ class Cache:
             "build_s": round(time.perf_counter() - begin, 3),
         }
         path = self.path(component, precision)
-        path.with_suffix(".json").unlink(missing_ok=True)
         write_atomic(path, plan)
         write_atomic(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
         write_atomic(self.timing, learnt)

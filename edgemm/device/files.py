@@ -131,6 +131,7 @@ def component_spec(folder: Path, component: dict[str, Any], program: dict[str, A
             )
         limits = {o: max(ZEROS_DB, min(ENOUGH_DB, db - SLACK_DB)) for o, db in simulated.items() if db is not None}
         candidates[precision] = {"onnx": file.name, "simulated_sqnr_db": simulated, "min_sqnr_db": limits}
+    assert candidates, f"the engine has no graph of {name}"
     spec = {"profiles": program["profiles"].get(name, {}), "candidates": candidates}
     return spec | ({"ranges": calibration_ranges(folder / f"{name}.int8.onnx")} if "int8" in candidates else {})
 

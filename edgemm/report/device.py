@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from edgemm import plugins
 from edgemm.errors import InputError
@@ -19,7 +19,13 @@ Milliseconds = Annotated[float, Field(gt=0)]
 Clocks = dict[str, dict[str, int | str | None]]
 
 
-class EngineFile(Strict):
+class Measured(Strict):
+    """NaN and infinity are no measurements."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class EngineFile(Measured):
     """One engine in the device's cache."""
 
     file: str
@@ -27,7 +33,7 @@ class EngineFile(Strict):
     size_bytes: int = Field(ge=1)
 
 
-class Candidate(Strict):
+class Candidate(Measured):
     """The engine of one graph. `sqnr_db` of each output against FP32, None where it has NaN; `error` why it failed.
 
     build_s  of the build, also when the engine came from the cache; None where there is no engine
@@ -44,12 +50,12 @@ class Candidate(Strict):
     samples_ms: tuple[Milliseconds, ...]
 
 
-class Speedup(Strict):
+class Speedup(Measured):
     p50: float
     ci95: tuple[float, float]
 
 
-class DeviceComponent(Strict):
+class DeviceComponent(Measured):
     """`shipped`: the candidate that the device keeps, and the `reason`; `int8_speedup` over FP16."""
 
     name: str
@@ -59,7 +65,7 @@ class DeviceComponent(Strict):
     candidates: dict[Precision, Candidate]
 
 
-class Whole(Strict):
+class Whole(Measured):
     """One input through all components."""
 
     p50_ms: float
@@ -68,7 +74,7 @@ class Whole(Strict):
     samples_ms: tuple[Milliseconds, ...] = Field(min_length=1)
 
 
-class DeviceMemory(Strict):
+class DeviceMemory(Measured):
     """MB (10^6 bytes) of a process that only runs the shipped engines; on an integrated GPU the two overlap."""
 
     host_peak_mb: float
@@ -76,7 +82,7 @@ class DeviceMemory(Strict):
     peak_mb: float
 
 
-class Hardware(Strict):
+class Hardware(Measured):
     """What an engine is tied to; None where the system doesn't tell."""
 
     gpu: str
@@ -90,7 +96,7 @@ class Hardware(Strict):
     board: str | None
 
 
-class Power(Strict):
+class Power(Measured):
     """nvpmodel's own words and the frequencies in /sys; None where there are none."""
 
     nvpmodel: str | None
@@ -98,14 +104,14 @@ class Power(Strict):
     clocks_after: Clocks | None
 
 
-class DeviceGate(Strict):
+class DeviceGate(Measured):
     name: str
     value: float | None
     limit: float
     held: bool | None
 
 
-class DeviceReport(Strict):
+class DeviceReport(Measured):
     schema_: Literal[1] = Field(alias="schema")
     bundle: BundleFile
     model: str

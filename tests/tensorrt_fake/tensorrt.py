@@ -4,7 +4,7 @@ ONNX Runtime, so results are real. A name that the version lacks is an Attribute
 Environment: FAKE_TENSORRT, a JSON object:
     version       10.3 (default), 10.16 or 11.4
     driver        what the CUDA driver calls itself (default 12060)
-    fail_build, kill_build, out_of_memory, wrong, nan, slow   fp16, int8 or both: whose engine misbehaves
+    fail_build, kill_build, out_of_memory, wrong, nan, slow, dies   fp16, int8 or both: whose engine misbehaves
     device_bytes  memory that tensors can have
     log           a file that gets a line for each engine built
 """
@@ -29,6 +29,7 @@ __version__ = {"10.3": "10.3.0", "10.16": "10.16.0.72", "11.4": "11.4.0.106"}[VE
 CONTRACT = Path(__file__).with_name("contract.txt")
 MAGIC = f"fake plan of TensorRT {__version__}\n".encode()
 OUT_OF_MEMORY, INVALID_VALUE = 2, 1
+RUNS_OF_A_CHECK = 8
 
 
 def read_contract() -> dict[str, set[str]]:
@@ -301,7 +302,7 @@ class ICudaEngine:
 
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
-        self._engine = engine
+        self._engine, self._runs = engine, 0
         self._addresses: dict[str, int] = {}
         self._set: dict[str, tuple[int, ...]] = {}
         self._known: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
@@ -337,6 +338,10 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert stream_handle == FakeDriver.STREAM and self._addresses.keys() == self._engine._values.keys()
+        self._runs += 1
+        if misbehaves("dies", self._engine._bytes) and self._runs > RUNS_OF_A_CHECK:
+            self._engine._logger.log(ILogger.ERROR, "Error Code 1: Cuda Runtime (an illegal memory access)")
+            return False
         sent = {}
         for name in self._engine._inputs:
             shape, dtype = self._set[name], np.dtype(self._dtype(name))

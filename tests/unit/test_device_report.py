@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +219,14 @@ def negative_time(report: dict[str, Any]) -> None:
     report["whole"]["samples_ms"][0] = -1
 
 
+def nan_memory(report: dict[str, Any]) -> None:
+    report["memory"]["peak_mb"] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        (nan_memory, "memory.peak_mb = nan"),
         (ship_fp16, "encoder ships fp16, but INT8 has"),
         (slower_int8, "encoder ships int8, but INT8 is not faster"),
         (noisy_int8, "encoder ships int8, but the only candidate that passes is fp16"),
@@ -340,6 +347,23 @@ def test_trtexec_lines_do_the_same_build(packed: Artifact) -> None:
         "--timingCacheFile=edgemm.timing",
         "--saveEngine=head.int8.engine",
     ]
+
+
+def test_the_trtexec_script_runs(packed: Artifact, tmp_path: Path) -> None:
+    """With a trtexec that only says which graph it was given, if that is there."""
+    tool = tmp_path / "bin" / "trtexec"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ -s "${1#--onnx=}" ] && echo "${1#--onnx=}"\n')
+    tool.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(packed.path / "trtexec.sh"), str(packed.path / "model.edgemm")],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["encoder.fp16.onnx", "encoder.int8.onnx", "head.fp16.onnx", "head.int8.onnx"]
 
 
 def test_references_outside_the_profile_are_left_out(tmp_path: Path) -> None:

@@ -148,9 +148,8 @@ def test_each_version_builds_checks_and_ships_the_faster_engine(
             assert min(db or 0 for db in candidate.sqnr_db.values()) > (60 if precision == "fp16" else 30)
             assert len(candidate.samples_ms) == 4 * 2 * device_runner.BLOCK
     assert measured.whole and measured.memory
-    assert measured.whole.p50_ms == pytest.approx(
-        sum(c.candidates["int8"].latency.p50_ms for c in measured.components), rel=0.5
-    )
+    parts = [c.candidates["int8"].latency.p50_ms for c in measured.components]
+    assert measured.whole.p50_ms > 0.5 * sum(parts), "one after the other"
     assert all(gate.held for gate in measured.gates)
 
 
@@ -204,6 +203,14 @@ def test_with_no_engine_that_passes_the_exit_code_says_so(
     assert report and report["whole"] is None and report["memory"] is None
     if "device_bytes" in settings:
         assert row["candidates"]["fp16"]["error"] == "out of memory"
+
+
+def test_a_device_that_dies_while_it_is_timed_ships_nothing(small_bundle: Path, run: Run) -> None:
+    """After such an error CUDA answers nothing more, FP16 neither; the report still says what happened."""
+    code, report, _ = run(small_bundle, dies="int8")
+    row = head(report)
+    assert (code, row["shipped"]) == (4, None)
+    assert all("illegal memory access" in c["error"] and not c["passed"] for c in row["candidates"].values())
 
 
 def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_path: Path) -> None:
