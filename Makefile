@@ -1,9 +1,9 @@
-# make setup | demo | test | check | bench | bench-whisper | bench-tensorrt
+# make setup | demo | test | check | bench | bench-whisper | bench-tensorrt | device
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test check bench bench-whisper bench-tensorrt
+.PHONY: setup demo test check bench bench-whisper bench-tensorrt device
 
 setup: .venv/.installed
 
@@ -26,6 +26,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
+
+device: setup
+	$(BIN)/pytest tests/device
 
 bench-tensorrt: setup
 	$(BIN)/python tests/bench/tensorrt.py

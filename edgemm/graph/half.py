@@ -28,7 +28,8 @@ def prepare(model: onnx.ModelProto, opset_max: int, where: str) -> onnx.ModelPro
     """A copy of a float32 graph that `to_half` takes: named nodes, an opset with float16 Q/DQ, masks in range.
 
     opset_max   what the target's parser reads; 19 at least
-    Raises InputError for a newer opset, and for control flow, whose inner graphs are not converted.
+    Raises InputError for a newer opset, for operators that are not ONNX's own, and for control flow, whose inner
+    graphs are not converted.
     """
     if (version := opset(model)) > opset_max:
         raise InputError(
@@ -40,9 +41,14 @@ def prepare(model: onnx.ModelProto, opset_max: int, where: str) -> onnx.ModelPro
         prepared.CopyFrom(model)  # 19 only adds to 18
         next(o for o in prepared.opset_import if o.domain in ("", "ai.onnx")).version = HALF_SCALES
     else:
-        prepared = version_converter.convert_version(model, max(version, HALF_SCALES))
+        prepared = _converted(model, max(version, HALF_SCALES), where)
     name_nodes(prepared)
     for node in prepared.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise InputError(
+                f"{where}: {node.name} is {node.op_type} of {node.domain}, which TensorRT does not know",
+                fix="export the graph with ONNX's own operators, without ONNX Runtime's optimizer",
+            )
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise InputError(
                 f"{where}: {node.name} ({node.op_type}) holds a graph of its own, which is not lowered to FP16",
@@ -53,6 +59,17 @@ def prepare(model: onnx.ModelProto, opset_max: int, where: str) -> onnx.ModelPro
         if value.dtype == np.float32 and (far := np.isfinite(value) & (np.abs(value) >= MASK)).any():
             tensor.CopyFrom(numpy_helper.from_array(np.where(far, np.sign(value) * MASKED, value), name))
     return prepared
+
+
+def _converted(model: onnx.ModelProto, version: int, where: str) -> onnx.ModelProto:
+    """The graph in another opset, by ONNX's own converter."""
+    try:
+        return version_converter.convert_version(model, version)
+    except RuntimeError as e:
+        raise InputError(
+            f"{where}: opset {opset(model)} can't be brought to {version}: {str(e)[:300]}",
+            fix="export the graph with opset 18 to 20",
+        ) from e
 
 
 def to_half(model: onnx.ModelProto, largest: Mapping[str, float]) -> tuple[onnx.ModelProto, tuple[str, ...]]:

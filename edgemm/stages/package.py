@@ -48,7 +48,10 @@ def package(
     # Names, not paths: where model and data lay is nobody's business on the device.
     name, data = Path(recipe.model).name, Path(recipe.data or "").name
     report = TargetReport.model_validate(verified.json("target.json"))
-    certificate = {"verdict": report.verdict, "accuracy": [a.model_dump(mode="json") for a in report.accuracy]}
+    accuracy = [a.model_dump(mode="json") for a in report.accuracy]
+    certificate: dict[str, Any] = {"verdict": report.verdict, "accuracy": accuracy}
+    if report.level:
+        certificate |= {"level": report.level, "established": report.established}
     provenance = {
         "engine": engine.digest,
         "source": source.digest,

@@ -163,6 +163,19 @@ def test_control_flow_is_refused_by_name() -> None:
         half.prepare(model([node], c=np.array(True)), 20, "g")
 
 
+def test_an_operator_that_is_not_onnxs_own_is_refused_by_name() -> None:
+    graph = model([helper.make_node("FusedMatMul", ["x", "w"], ["y"], "fused", domain="com.microsoft")], w=X)
+    graph.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(InputError, match=r"fused is FusedMatMul of com\.microsoft"):
+        half.prepare(graph, 20, "g")
+
+
+def test_an_opset_that_cannot_be_converted_is_named() -> None:
+    graph = model([n("Affine", "x", "y", alpha=1.0, beta=1.0)], 6)
+    with pytest.raises(InputError, match=r"g: opset 6 can't be brought to 19: .*\n  fix: export"):
+        half.prepare(graph, 20, "g")
+
+
 def test_lowering_names_what_stays_in_float32_and_leaves_the_model_as_it_was() -> None:
     graph = decomposed(1000.0)
     before = graph.SerializeToString()
