@@ -41,7 +41,7 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     report = TargetReport.model_validate(verified.json("target.json"))
     if report.verdict not in ("PASS", "UNVERIFIED"):
         return report, None  # what is not proven is not packed
-    return report, package(verified, engine, source, recipe, target, runs)  # one .edgemm file
+    return report, package(verified, engine, graph, source, recipe, target, runs)  # one .edgemm file
 
 
 def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: bool = False) -> Report:
@@ -72,6 +72,8 @@ def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: boo
             else:
                 content = (bundle.path / "model.edgemm").read_bytes()
                 write_atomic(place, content)
+                for name in bundle.manifest.files.keys() - {"model.edgemm"}:  # what a device needs beside it
+                    write_atomic(place.with_name(name), (bundle.path / name).read_bytes())
                 file = BundleFile(path=str(place), sha256=bundle.manifest.files["model.edgemm"].sha256)
                 row = row.model_copy(update={"bundle": file})
             rows.append(row)

@@ -14,7 +14,7 @@ import numpy as np
 from edgemm import plugins
 from edgemm.console import log
 from edgemm.data import is_random, split
-from edgemm.errors import InputError
+from edgemm.errors import InputError, ToolchainError
 from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Accuracy, BundleFile, Gate, TargetReport
@@ -30,9 +30,15 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
     """Repeat a bundle's check on this machine: golden outputs, then accuracy against the FP32 outputs inside.
 
     data   another place of the data that the bundle was verified on; it must have the same samples
-    Raises InputError when the samples here are not those that the FP32 outputs belong to.
+    Raises InputError when the samples here are not those that the FP32 outputs belong to, ToolchainError when only
+    a device can tell: device_report.py judges what it says.
     """
     content = read_bundle(bundle)
+    if "device/spec.json" in content.files:
+        raise ToolchainError(
+            f"the engines of {bundle} are built and checked on the device",
+            fix="run device_runner.py there, then edgemm verify BUNDLE --device-report device-report.json",
+        )
     session = Session(content.files, content.manifest["program"], str(bundle))
     provenance = content.manifest["provenance"]
     recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{bundle}: provenance.recipe")

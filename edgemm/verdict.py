@@ -217,21 +217,23 @@ def accuracy_gates(rows: Sequence[Accuracy], recipe: Recipe) -> list[Gate]:
     ]
 
 
-def budget_gates(target: Target, latency: Latency, memory: Memory, size: Size) -> list[Gate]:
-    """A gate a budget that the target has."""
+def budget_gates(target: Target, latency: Latency | None, memory: Memory | None, size: Size) -> list[Gate]:
+    """A gate a budget; one whose quantity was not measured can't pass."""
     budgets = target.budgets
-    low, high = latency.speedup_ci95
     gates = []
     if (limit := budgets.min_speedup) is not None:
-        verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
-        speedup = latency.speedup_p50
+        verdict, detail, speedup = "INCONCLUSIVE", "FP32 was not run", None
+        if latency and latency.speedup_ci95:
+            low, high = latency.speedup_ci95
+            verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
+            speedup = latency.speedup_p50
         gates.append(Gate(name="speed-up p50", value=speedup, limit=limit, unit="x", verdict=verdict, detail=detail))
     for name, value, most, unit in (
-        ("latency p50", latency.compressed.p50_ms, budgets.max_p50_ms, "ms"),
-        ("peak memory", memory.compressed_peak_mb, budgets.max_peak_mb, "MB"),
+        ("latency p50", latency.compressed.p50_ms if latency else None, budgets.max_p50_ms, "ms"),
+        ("peak memory", memory.compressed_peak_mb if memory else None, budgets.max_peak_mb, "MB"),
         ("size ratio", size.compressed_bytes / size.fp32_bytes, budgets.max_size_ratio, "of FP32"),
     ):
         if most is not None:
-            verdict = at_most(value, most)
-            gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail="at most"))
+            verdict, detail = ("INCONCLUSIVE", "not measured") if value is None else (at_most(value, most), "at most")
+            gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail=detail))
     return gates

@@ -81,7 +81,7 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
     if target.accuracy:
         alt = "; ".join(f"{a.metric}: {row[a.metric].change}" for a in target.accuracy)
         accuracy = svg(accuracy_figure(target.accuracy), f"{prefix}a", f"Drop against the margin. {alt}")
-    if target.latency and target.latency.samples_ms.fp32 and target.latency.samples_ms.compressed:
+    if target.latency and target.latency.samples_ms.compressed:
         p50 = row["latency p50"]
         alt = f"Latency distributions: p50 FP32 {p50.before}, compressed {p50.after}"
         latency = svg(latency_figure(target.latency), f"{prefix}t", alt)
@@ -148,10 +148,11 @@ def latency_figure(latency: Latency) -> Figure:
     """Histogram and cumulative share of every timed inference."""
     figure = Figure(figsize=(WIDTH_IN, 3.1), layout="constrained")
     histogram, share = figure.subplots(1, 2)
-    series = (
+    both = (
         ("FP32", latency.samples_ms.fp32, latency.fp32, "#7b8794", FP32, "///", "--"),
         ("compressed", latency.samples_ms.compressed, latency.compressed, COMPRESSED, "#8cc1e3", None, "-"),
     )
+    series = [(name, samples, p, *look) for name, samples, p, *look in both if samples and p]
     # A single stall of the host must not squeeze the picture: the axis ends a little after p99.
     slowest = max(max(s[1]) for s in series)
     end = min(slowest, 1.25 * max(s[2].p99_ms for s in series)) * 1.02
@@ -184,7 +185,10 @@ def bars_figure(size: Size | None, memory: Memory | None) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 1.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     bars(left, "Size on disk, MB", (size.fp32_bytes / 1e6, size.compressed_bytes / 1e6) if size else None)
-    bars(right, "Peak memory, MB", (memory.fp32_peak_mb, memory.compressed_peak_mb) if memory else None)
+    peaks = None
+    if memory and memory.fp32_peak_mb is not None:
+        peaks = memory.fp32_peak_mb, memory.compressed_peak_mb
+    bars(right, "Peak memory, MB", peaks)
     return figure
 
 

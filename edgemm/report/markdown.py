@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport
 
@@ -56,7 +56,7 @@ def section(target: TargetReport) -> list[str]:
 def headline(target: TargetReport) -> str:
     """The result in one sentence; what was not measured is left to the table."""
     parts = [f"{a.metric} {a.fp32:.4f} → {a.compressed:.4f}" for a in target.accuracy]
-    if target.latency:
+    if target.latency and target.latency.speedup_ci95:
         low, high = target.latency.speedup_ci95
         parts.append(f"speed-up {target.latency.speedup_p50:.2f}x ({low:.2f} to {high:.2f})")
     if target.size:
@@ -79,19 +79,24 @@ def comparison(target: TargetReport) -> list[Row]:
     ] or [missing("accuracy")]
     if latency := target.latency:
         for p in ("p50", "p90", "p99"):
-            before, after = (getattr(side, f"{p}_ms") for side in (latency.fp32, latency.compressed))
-            rows.append(Row(f"latency {p}", f"{before:.2f} ms", f"{after:.2f} ms", relative(before, after)))
-        low, high = latency.speedup_ci95
-        interval = f"95 % interval {low:.2f} to {high:.2f}"
-        rows.append(Row("speed-up at p50", "1x", f"{latency.speedup_p50:.2f}x", interval))
+            before = getattr(latency.fp32, f"{p}_ms") if latency.fp32 else None
+            rows.append(change_row(f"latency {p}", before, getattr(latency.compressed, f"{p}_ms"), "ms"))
+        if latency.speedup_ci95:
+            low, high = latency.speedup_ci95
+            interval = f"95 % interval {low:.2f} to {high:.2f}"
+            rows.append(Row("speed-up at p50", "1x", f"{latency.speedup_p50:.2f}x", interval))
+        else:
+            rows.append(missing("speed-up at p50"))
         for c in latency.components if len(latency.components) > 1 else ():
-            change = f"{c.speedup_p50:.2f}x ({c.speedup_ci95[0]:.2f} to {c.speedup_ci95[1]:.2f})"
-            rows.append(Row(f"{c.name} p50", f"{c.fp32_p50_ms:.2f} ms", f"{c.compressed_p50_ms:.2f} ms", change))
+            row = change_row(f"{c.name} p50", c.fp32_p50_ms, c.compressed_p50_ms, "ms")
+            if c.speedup_ci95:
+                low, high = c.speedup_ci95
+                row = replace(row, change=f"{c.speedup_p50:.2f}x ({low:.2f} to {high:.2f})")
+            rows.append(row)
     else:
         rows += [missing(f"latency {p}") for p in ("p50", "p90", "p99")] + [missing("speed-up at p50")]
     if memory := target.memory:
-        before, after = memory.fp32_peak_mb, memory.compressed_peak_mb
-        rows.append(Row("peak memory", f"{before:.1f} MB", f"{after:.1f} MB", relative(before, after)))
+        rows.append(change_row("peak memory", memory.fp32_peak_mb, memory.compressed_peak_mb, "MB", 1))
     else:
         rows.append(missing("peak memory"))
     if size := target.size:
@@ -150,6 +155,14 @@ def measure(value: float | None, unit: str) -> str:
         return NOT_MEASURED
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{number}x" if unit == "x" else f"{number} {unit}".rstrip()
+
+
+def change_row(name: str, before: float | None, after: float, unit: str, digits: int = 2) -> Row:
+    """A quantity with its change in percent; `before` None where FP32 was not run."""
+    now = f"{after:.{digits}f} {unit}"
+    if before is None:
+        return Row(name, NOT_MEASURED, now, "")
+    return Row(name, f"{before:.{digits}f} {unit}", now, relative(before, after))
 
 
 def missing(name: str) -> Row:

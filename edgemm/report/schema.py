@@ -54,27 +54,32 @@ class Samples(Strict):
 
 
 class ComponentLatency(Strict):
-    """One component alone, on inputs that it meets in its model; a decoder by the token, over a whole text."""
+    """One component alone, on inputs that it meets in its model; a decoder by the token, over a whole text.
+
+    FP32's side is None where it was not run.
+    """
 
     name: str
-    fp32_p50_ms: float
+    fp32_p50_ms: float | None
     compressed_p50_ms: float
-    speedup_p50: float
-    speedup_ci95: tuple[float, float]
+    speedup_p50: float | None
+    speedup_ci95: tuple[float, float] | None
 
 
 class Latency(Strict):
     """One input through all components, warm, to the whole text where the model writes one.
 
     speedup_p50   fp32 p50 / compressed p50;  torch_p50_ms  None for a model that came as a graph
+    fp32, speedup_p50, speedup_ci95  None where FP32 was not run, as on a device: `baseline` says why
+    threads       None on a GPU
     """
 
-    fp32: Percentiles
+    fp32: Percentiles | None
     compressed: Percentiles
-    speedup_p50: float
-    speedup_ci95: tuple[float, float]
+    speedup_p50: float | None
+    speedup_ci95: tuple[float, float] | None
     baseline: str
-    threads: int
+    threads: int | None
     torch_p50_ms: float | None
     components: tuple[ComponentLatency, ...] = ()
     samples_ms: Samples
@@ -83,7 +88,7 @@ class Latency(Strict):
 class Memory(Strict):
     """Peak resident memory of a fresh process that runs only the runtime, in MB (10^6 bytes)."""
 
-    fp32_peak_mb: float
+    fp32_peak_mb: float | None
     compressed_peak_mb: float
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import Sample, split
+from edgemm.device.files import RUNNER, TRTEXEC, device_files
 from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
@@ -21,16 +22,28 @@ from edgemm.runtime.session import Array, Session, open_directory
 from edgemm.target import Target
 
 GOLDEN = 4
+BESIDE = (RUNNER, TRTEXEC)
 
 
 def package(
-    verified: Artifact, engine: Artifact, source: Artifact, recipe: Recipe, target: Target, runs: Path
+    verified: Artifact,
+    engine: Artifact,
+    graph: Artifact,
+    source: Artifact,
+    recipe: Recipe,
+    target: Target,
+    runs: Path,
 ) -> Artifact:
     """The bundle of a verified engine: model.edgemm in the artifact.
 
     Inside: the components, tokenizer.json, golden/ (inputs and expected outputs), check.npz (the FP32
     model's outputs on the verification split, for `edgemm verify`), and manifest.json with the
     program, the parity certificate and provenance. Format: runtime/bundle.py.
+
+    Where the engine is built on the device, the bundle has what device/files.py lists instead of golden/ and
+    check.npz, and the artifact also has the files of it that are to lie beside the bundle.
+
+    graph   the FP32 graphs that the engine was made of
     """
     # Names, not paths: where model and data lay is nobody's business on the device.
     name, data = Path(recipe.model).name, Path(recipe.data or "").name
@@ -55,6 +68,10 @@ def package(
         session = simulation(engine, target) if target.dialect == "tensorrt" else open_directory(engine.path)
         files |= golden(samples[:GOLDEN], session)
         files["check.npz"] = (source.path / "reference.npz").read_bytes()
+        if program["backend"] == "tensorrt" and target.compile == "on-device":
+            files |= device_files(engine, graph, samples, recipe, target)
+            for beside in BESIDE:
+                (out / Path(beside).name).write_bytes(files[beside])
         manifest = {
             "model": name,
             "target": target.name,

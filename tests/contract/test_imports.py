@@ -124,11 +124,13 @@ def may_import(module: str, imported: str) -> bool:
     if own in GROUPS:
         its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
         return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
+    if own == "device":
+        return other in ("core", "runtime", own) or imported in SHARED
     if own in ("stages", "recheck"):
-        shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph")
+        shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
         return other in shared or imported in SHARED or imported == module
-    if own in ("pipeline", "inspection"):
-        return other not in ("pipeline", "inspection")
+    if own in ("pipeline", "inspection", "device_report", "triton"):
+        return other not in ("pipeline", "inspection", "device_report", "triton")
     return own in ("cli", "edgemm", "edgemm.__main__")
 
 
@@ -194,6 +196,8 @@ def test_every_part_of_the_design_is_there_to_be_checked() -> None:
         ("edgemm.levels", "from edgemm.stages.verify import accuracy_gates"),
         ("edgemm.reasoner.train", "from edgemm.models import find_family"),
         ("edgemm.reasoner.train", "from edgemm.data.easy_vqa import samples"),
+        ("edgemm.device.files", "from edgemm.stages.verify import verify"),
+        ("edgemm.runtime.session", "from edgemm.device import device_runner"),
         ("edgemm.inspection", "from edgemm.cli import main"),
         ("edgemm.stages.load", "import edgemm.cli"),
         ("edgemm.stages.load", "from edgemm import verify"),
