@@ -87,7 +87,8 @@ def load_target(name: str, overrides: dict[str, Any] | None = None) -> Target:
 def _refusal(target: Target) -> tuple[str, str] | None:
     """What of a target can't be, with the reason, and what to write instead."""
     if target.dialect != "tensorrt":
-        given = target.model_fields_set & {"compile", "sm", "jetpack", "tensorrt", "precisions", "sparsity", "shapes"}
+        fields = ("compile", "sm", "jetpack", "tensorrt", "precisions", "sparsity", "shapes")
+        given = [f for f in fields if getattr(target, f) != Target.model_fields[f].default]
         return (f"{min(given)} means nothing to backend {target.backend}", f"leave {min(given)} out") if given else None
     for axis, sizes in target.shapes.items():
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgemm.errors import ToolchainError
+from edgemm.target import Target
 
 TOOLS = ("openvino",)
 
 
 def compile_component(
-    onnx_file: Path, out: Path, shapes: Mapping[str, list[int | str]], cache: Mapping[str, str]
+    onnx_file: Path, out: Path, shapes: Mapping[str, list[int | str]], target: Target, cache: Mapping[str, str]
 ) -> None:
     """Convert one component to `out`/<name>.xml and .bin, weights at the precision that the graph has.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,9 @@ def library() -> ModuleType:
     return trt
 
 
-def compile_component(onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target) -> dict[str, Any]:
+def compile_component(
+    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, cache: Mapping[str, str], target: Target
+) -> dict[str, Any]:
     """The graph itself, linted, for the device to build from; with `compile: host`, the engine too.
 
     What comes back is what the graph asks for; what an engine makes of it is known where one is built.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,9 @@ def library() -> ModuleType:
     return trt
 
 
-def compile_component(onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target) -> dict[str, Any]:
+def compile_component(
+    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, cache: Mapping[str, str], target: Target
+) -> dict[str, Any]:
     """Build `out`/<component>.<precision>.engine of <component>.<precision>.onnx; what the engine is made of."""
     return _tensorrt.compile_engine(library(), onnx_file, out, shapes, target)
 

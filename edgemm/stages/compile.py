@@ -41,14 +41,14 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
         for component in program["components"]:
             name = component["name"]
             log(f"compile {graph.manifest.kind} {name} for {target.name}")
+            cache = dict(program["output"]["cache"]) if is_decoder(component, program) else {}
             if target.dialect == "tensorrt":
                 graphs = [graph.path / f"{name}.{p}.onnx" for p in target.precisions]
                 for file in [g for g in graphs if g.is_file()] or [graph.path / f"{name}.onnx"]:
-                    layers[file.stem] = backend.compile_component(file, out, program["profiles"][name], target)
+                    layers[file.stem] = backend.compile_component(file, out, program["profiles"][name], target, cache)
                 continue
             shapes = {port["name"]: port["shape"] for port in component["inputs"]} if target.static else {}
-            cache = dict(program["output"]["cache"]) if is_decoder(component, program) else {}
-            backend.compile_component(graph.path / f"{name}.onnx", out, shapes, cache)
+            backend.compile_component(graph.path / f"{name}.onnx", out, shapes, target, cache)
         if layers:
             (out / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
         if (graph.path / "tokenizer.json").is_file():

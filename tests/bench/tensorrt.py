@@ -37,7 +37,7 @@ from edgemm.target import load_target
 graph, out, profile = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 tensorrt_rtx.library()
 begin = time.perf_counter()
-counts = tensorrt_rtx.compile_component(graph, out, profile, load_target("rtx"))
+counts = tensorrt_rtx.compile_component(graph, out, profile, load_target("rtx"), {})
 seconds = time.perf_counter() - begin
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(json.dumps({**counts, "seconds": seconds, "gb": int(status["VmHWM"].split()[0]) * 1024 / 1e9,

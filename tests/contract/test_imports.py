@@ -43,7 +43,6 @@ NO_PLUGINS = {  # what stages call a file for, where they don't call each of its
     "save": [("models", "onnx")],  # a graph from outside is not pruned
     "samples": [("data", "manifest"), ("data", "noise")],  # the user's files, and noise
 }
-TENSORRT = ("tensorrt", "tensorrt_rtx")  # their engines depend on the GPUs that the target names
 SHARED = (
     "edgemm.models",
     "edgemm.models._graph",
@@ -296,18 +295,16 @@ def parameters(**takes: str) -> list[Any]:
         models__components="model",
         models__attentions="model",
         models__program="model directory",
-        pruners__prune="blocks run options",
+        pruners__prune="family model run options",
         quantizers__quantize="model samples options",
         quantizers__needs_samples="options",
-        backends__compile_component="onnx_file out shapes",
+        backends__compile_component="onnx_file out shapes target cache",
         backends__doctor="",
         metrics__values="outputs reference targets",
         data__samples="split",
     ),
 )
 def test_plugin_has_the_function_that_stages_call(group: str, name: str, function: str, given: list[str]) -> None:
-    if function == "compile_component" and name in TENSORRT:
-        given = [*given, "target"]
     found = getattr(plugin(group, name), function)
     inspect.signature(found).bind(*given)
     assert inspect.getdoc(found) or group == "models", "says what it does"
@@ -351,8 +348,8 @@ def test_backend_without_its_library_says_what_to_install(name: str) -> None:
         "from edgemm.plugins import plugin\n"
         "from edgemm.target import Target\n"
         f"backend = plugin('backends', {name!r})\n"
-        f"more = [Target(name='x', backend={name!r})] if {name in TENSORRT} else []\n"
-        "for call in (backend.doctor, lambda: backend.compile_component(Path('x.onnx'), Path(), {}, *more)):\n"
+        f"target = Target(name='x', backend={name!r})\n"
+        "for call in (backend.doctor, lambda: backend.compile_component(Path('x.onnx'), Path(), {}, target, {})):\n"
         "    try:\n"
         "        call()\n"
         "    except ToolchainError as e:\n"

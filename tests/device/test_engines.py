@@ -37,7 +37,7 @@ def test_an_engine_computes_what_the_simulation_said(graphs: Path, precision: st
 
     graph = graphs / f"block.{precision}.onnx"
     target = load_target("rtx", {"sm": [compute_capability()]})
-    tensorrt_rtx.compile_component(graph, tmp_path, PROFILE, target)
+    tensorrt_rtx.compile_component(graph, tmp_path, PROFILE, target, {})
     component = {"name": "block", **PORTS}
     files = {"block.onnx": graph.read_bytes(), **{p.name: p.read_bytes() for p in tmp_path.glob("*.engine")}}
     simulated = onnxruntime.compile_component(files, component, {"threads": 2, "qdq": "as written"})

@@ -40,11 +40,13 @@ from edgemm.runtime import onnxruntime, openvino
 from edgemm.runtime.generation import generate
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Directory
+from edgemm.target import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, POSITIONS, LAYERS, HEADS = 61, 24, 2, 4
 START, PAD, EOS = 1, 3, 48
 SAMPLES = 4
+TARGET = Target(name="box", backend="openvino")
 FAMILIES = {
     "whisper": whisper,
     "trocr": vision_encoder_decoder,
@@ -502,7 +504,7 @@ def test_openvino_keeps_the_cache_and_makes_the_same_texts(name, beams, director
     encoder, decoder = family.components(model)
     output = program_of(family, model, path)["output"] | {"beams": beams}
     onnx_export(decoder, tmp_path / "decoder.onnx", 18)
-    openvino_backend.compile_component(tmp_path / "decoder.onnx", tmp_path, {}, dict(output["cache"]))
+    openvino_backend.compile_component(tmp_path / "decoder.onnx", tmp_path, {}, TARGET, dict(output["cache"]))
     assert (tmp_path / "decoder.xml").read_text().count('type="Assign"') == 2 * LAYERS
     settings = {"threads": 1, "precision": "f32"}
     decode = openvino.compile_component(Directory(tmp_path), decoder.spec(), settings)

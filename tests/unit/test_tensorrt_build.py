@@ -76,7 +76,7 @@ import json, sys
 from pathlib import Path
 from edgemm.backends import tensorrt_rtx
 from edgemm.target import load_target
-tensorrt_rtx.compile_component(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), load_target("rtx"))
+tensorrt_rtx.compile_component(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), load_target("rtx"), {})
 """
 
 
@@ -87,7 +87,7 @@ def rtx() -> None:
 
 @pytest.mark.usefixtures("rtx")
 def test_every_product_runs_in_int8_and_attention_is_one_kernel(graphs: Path, tmp_path: Path) -> None:
-    counts = tensorrt_rtx.compile_component(graphs / "block.int8.onnx", tmp_path, PROFILE, RTX)
+    counts = tensorrt_rtx.compile_component(graphs / "block.int8.onnx", tmp_path, PROFILE, RTX, {})
     assert (counts["gemms"], counts["int8_gemms"]) == (6, 6)
     assert (counts["attention"], counts["fused_attention"]) == (1, 1)
     assert counts["float32_nodes"] == 0
@@ -96,7 +96,7 @@ def test_every_product_runs_in_int8_and_attention_is_one_kernel(graphs: Path, tm
 
 @pytest.mark.usefixtures("rtx")
 def test_an_fp16_engine_has_no_int8(graphs: Path, tmp_path: Path) -> None:
-    counts = tensorrt_rtx.compile_component(graphs / "block.fp16.onnx", tmp_path, PROFILE, RTX)
+    counts = tensorrt_rtx.compile_component(graphs / "block.fp16.onnx", tmp_path, PROFILE, RTX, {})
     assert (counts["gemms"], counts["int8_gemms"], counts["fused_attention"]) == (0, 0, 1)
 
 
@@ -133,7 +133,7 @@ def test_the_same_builder_serves_tensorrt_itself(graphs: Path, tmp_path: Path, m
 
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     target = RTX.model_copy(update={"backend": "tensorrt"})
-    assert tensorrt.compile_component(graphs / "block.int8.onnx", tmp_path, PROFILE, target)["int8_gemms"] == 6
+    assert tensorrt.compile_component(graphs / "block.int8.onnx", tmp_path, PROFILE, target, {})["int8_gemms"] == 6
     assert (tmp_path / "block.int8.engine").is_file()
 
 
@@ -151,12 +151,12 @@ def test_a_library_without_strongly_typed_networks_is_too_old(graphs: Path, monk
 
 def test_a_jetson_gets_the_linted_graph_and_needs_no_tensorrt_here(graphs: Path, tmp_path: Path) -> None:
     target = load_target("jetson-orin-nano")
-    counts = tensorrt.compile_component(graphs / "block.int8.onnx", tmp_path, PROFILE, target)
+    counts = tensorrt.compile_component(graphs / "block.int8.onnx", tmp_path, PROFILE, target, {})
     assert (counts["gemms"], counts["int8_gemms"], counts["fused_attention"]) == (6, "unknown", "unknown")
     assert [p.name for p in tmp_path.iterdir()] == ["block.int8.onnx"]
     narrow = {"x": {k: [*v[:2], 32] for k, v in PROFILE["x"].items()}}
     with pytest.raises(InputError, match=r"block.int8: TensorRT refuses x: its shape is"):
-        tensorrt.compile_component(graphs / "block.int8.onnx", tmp_path, narrow, target)
+        tensorrt.compile_component(graphs / "block.int8.onnx", tmp_path, narrow, target, {})
 
 
 def test_a_table_that_reads_otherwise_gives_unknown_and_no_guess(graphs: Path) -> None:

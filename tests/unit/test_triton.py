@@ -59,7 +59,9 @@ def cpu_bundle(folder: Path, backend: str, *, static: bool, **budgets: float) ->
         path.write_bytes(devices.graph(component["name"], "fp32").SerializeToString())
         if backend == "openvino":
             shapes = {p["name"]: p["shape"] for p in component["inputs"]}
-            openvino.compile_component(path, folder, shapes if static else {})
+            openvino.compile_component(
+                path, folder, shapes if static else {}, Target(name="box", backend="openvino"), {}
+            )
             files |= {f"{path.stem}.{s}": (folder / f"{path.stem}.{s}").read_bytes() for s in ("xml", "bin")}
         else:
             files[path.name] = path.read_bytes()
