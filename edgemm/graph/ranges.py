@@ -39,7 +39,8 @@ def _observe(
     probe.CopyFrom(model)
     graph = probe.graph
     del graph.output[:]
-    graph.initializer.append(helper.make_tensor("zero" + SUFFIX, TensorProto.FLOAT, [], [0.0]))
+    if masked:
+        graph.initializer.append(helper.make_tensor("zero" + SUFFIX, TensorProto.FLOAT, [], [0.0]))
     for name in names:
         source = name
         if masked:
