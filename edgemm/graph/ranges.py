@@ -22,31 +22,41 @@ def float_tensors(model: onnx.ModelProto) -> set[str]:
 
 def largest(model: onnx.ModelProto, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, float]:
     """Largest finite magnitude of each float32 tensor over `samples`, by name. Infinities are masks, and left out."""
+    found = _observe(model, sorted(float_tensors(model)), samples, masked=False)
+    infinite = sorted(name for name, value in found.items() if not np.isfinite(value))
+    return found | _observe(model, infinite, samples, masked=True)
+
+
+def _observe(
+    model: onnx.ModelProto, names: Sequence[str], samples: Sequence[Mapping[str, NDArray[Any]]], *, masked: bool
+) -> dict[str, float]:
+    """Largest magnitude of each of `names`. `masked`: infinities count as zero, which takes more time and memory."""
     import onnxruntime as ort
 
+    if not names:
+        return {}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    names = sorted(float_tensors(model))
     graph = probe.graph
     del graph.output[:]
-    graph.initializer.append(helper.make_tensor("zero" + SUFFIX, TensorProto.FLOAT, [], [0.0]))
+    if masked:
+        graph.initializer.append(helper.make_tensor("zero" + SUFFIX, TensorProto.FLOAT, [], [0.0]))
     for name in names:
-        finite, magnitude, masked = (f"{name}/{part}{SUFFIX}" for part in ("inf", "abs", "finite"))
-        graph.node.extend(
-            (
-                helper.make_node("IsInf", [name], [finite]),
-                helper.make_node("Abs", [name], [magnitude]),
-                helper.make_node("Where", [finite, "zero" + SUFFIX, magnitude], [masked]),
-                helper.make_node("ReduceMax", [masked], [name + SUFFIX], keepdims=0),
-            )
-        )
-        graph.output.append(helper.make_tensor_value_info(name + SUFFIX, TensorProto.FLOAT, []))
+        source = name
+        if masked:
+            infinite, source = f"{name}/inf{SUFFIX}", f"{name}/finite{SUFFIX}"
+            graph.node.append(helper.make_node("IsInf", [name], [infinite]))
+            graph.node.append(helper.make_node("Where", [infinite, "zero" + SUFFIX, name], [source]))
+        for kind in ("ReduceMin", "ReduceMax"):
+            output = f"{name}/{kind}{SUFFIX}"
+            graph.node.append(helper.make_node(kind, [source], [output], keepdims=0))
+            graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     wanted = {i.name for i in model.graph.input}
-    found = np.zeros(len(names))
+    found = np.zeros(2 * len(names))
     for sample in samples:
         row = session.run(None, {n: v for n, v in sample.items() if n in wanted})
-        found = np.maximum(found, np.array(row, np.float64))
-    return dict(zip(names, found.tolist(), strict=True))
+        found = np.maximum(found, np.abs(np.array(row, np.float64)))
+    return dict(zip(names, found.reshape(-1, 2).max(1).tolist(), strict=True))
