@@ -53,7 +53,8 @@ def compile_component(
                 if value is not kept[name][1]:
                     kept[name][1].state.state = ov.Tensor(np.ascontiguousarray(value))
             elif name not in bound or value is not bound[name][0]:
-                bound[name] = value, np.ascontiguousarray(value)
+                # A view may be one of this engine's own buffers, which it writes to.
+                bound[name] = value, np.ascontiguousarray(value) if value.base is None else np.array(value)
                 request.set_tensor(name, ov.Tensor(bound[name][1], shared_memory=True))
         request.start_async()
         request.wait()

@@ -72,7 +72,7 @@ def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:
     Other lengths stay dynamic: an image, a recording and a cache can't be padded without changing the answer,
     and padding a text far over its length costs more than fixed shapes save.
     """
-    if is_decoder(component, program) and program["output"]["beams"] > 1:
+    if is_decoder(component, program) and program["output"].get("beams", 1) > 1:
         return
     sizes = {"batch": 1}
     if (text := program.get("text")) and text.get("mask") and text["max_tokens"] <= SHORT_TEXT:
@@ -84,4 +84,5 @@ def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:
 
 def is_decoder(component: dict[str, Any], program: dict[str, Any]) -> bool:
     """Whether this is the component that writes text token by token."""
-    return bool(component["name"] == program["output"].get("decoder"))
+    output = program["output"]
+    return output.get("kind") == "generation" and component["name"] == output.get("decoder", "decoder")
