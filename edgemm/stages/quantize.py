@@ -14,6 +14,7 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError
+from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
 from edgemm.runtime.session import Tensors, open_directory
@@ -40,7 +41,7 @@ def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         for name in options:
             log(f"quantize {name}: {use}, {len(samples[name])} samples")
             model = quantizer.quantize(onnx.load(graph.path / f"{name}.onnx"), samples[name], options[name])
-            onnx.save(model, out / f"{name}.onnx")
+            onnx.save(int8_tables(model), out / f"{name}.onnx")
         copy_program(graph, out)
 
     return build(
