@@ -29,7 +29,7 @@ def library() -> ModuleType:
 
 
 def compile_component(
-    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, cache: Mapping[str, str], target: Target
+    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target, cache: Mapping[str, str]
 ) -> dict[str, Any]:
     """The graph itself, linted, for the device to build from; with `compile: host`, the engine too.
 

@@ -23,7 +23,7 @@ def library() -> ModuleType:
 
 
 def compile_component(
-    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, cache: Mapping[str, str], target: Target
+    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target, cache: Mapping[str, str]
 ) -> dict[str, Any]:
     """Build `out`/<component>.<precision>.engine of <component>.<precision>.onnx; what the engine is made of."""
     return _tensorrt.compile_engine(library(), onnx_file, out, shapes, target)
