@@ -36,6 +36,7 @@ NO_PLUGINS = {  # what stages call a file for, where they don't call each of its
 SHARED = (
     "edgemm.models",
     "edgemm.models._graph",
+    "edgemm.models._hidden_units",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 
@@ -272,7 +273,7 @@ def parameters(**takes: str) -> list[Any]:
         models__components="model",
         models__attentions="model",
         models__program="model directory",
-        pruners__prune="blocks run options",
+        pruners__prune="family model run options",
         quantizers__quantize="model samples options",
         quantizers__needs_samples="options",
         backends__compile_component="onnx_file out shapes",
