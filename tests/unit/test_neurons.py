@@ -159,6 +159,17 @@ def test_only_the_blocks_asked_for_are_touched() -> None:
     assert left == {CONVOLUTIONS[0]: 16, CONVOLUTIONS[1]: 16, FEED_FORWARD[0]: 64}
 
 
+@pytest.mark.parametrize("multiple", [1, 8, 16, 100])
+def test_blocks_are_filled_up_to_a_multiple_by_the_best_that_would_go(multiple: int) -> None:
+    model, plain = tiny(), cut(tiny(), keep=0.4)
+    changes = cut(model, keep=0.4, multiple=multiple)
+    for name, (scores, units) in changes.items():
+        assert len(units) == min(len(scores), -(-len(plain[name][1]) // multiple) * multiple)
+        assert units == sorted(sorted(range(len(scores)), key=lambda u: -scores[u])[: len(units)])
+    assert {name: b.units for name, b in blocks(model).items()} == {n: len(u) for n, (_, u) in changes.items()}
+    assert logits(model).isfinite().all()
+
+
 HEADS = {"keep": 0.5}
 UNITS = {"keep": 0.4}
 
