@@ -24,6 +24,11 @@ from edgemm.pruners import attention_heads, neurons
 from edgemm.pruners._calibration import grams, repair, rows
 from edgemm.reasoner.corpus import build_tokenizer
 from edgemm.reasoner.model import Reasoner, ReasonerConfig
+from edgemm.recipe import Recipe
+from edgemm.report.markdown import pruning_summary
+from edgemm.report.schema import Pruning
+from edgemm.stages.load import load as load_stage
+from edgemm.stages.prune import prune as prune_stage
 from tests import checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -387,6 +392,29 @@ def test_a_pruned_reasoner_is_the_same_on_disk(repaired: bool, tmp_path: Path) -
     loaded = read_model(find_family(tmp_path / "model"), tmp_path / "model")
     assert shapes(loaded) == shapes(model)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_stage_reports_every_block_and_counts_through_two_passes(tiny_model: Path, tmp_path: Path) -> None:
+    prunes = [
+        {"use": "neurons", "keep": 0.5, "score": "activation", "repair": True, "layers": ["fusion.*"]},
+        {"use": "attention_heads", "keep": 0.5, "repair": True},
+        {"use": "neurons", "keep": 0.5, "multiple": 8},
+    ]
+    values = {"data": "easy_vqa", "calibration": 16, "prune": prunes, "verify": {"limit": 20}}
+    recipe = Recipe.model_validate({"name": "two", "model": str(tiny_model), **values})
+    source = load_stage(recipe, tmp_path)
+    artifact = prune_stage(source, recipe, tmp_path)
+    report = Pruning.model_validate(artifact.json("pruning.json"))
+    left = read_model(reasoner, artifact.path / "model")
+    before, after = hidden_units(read_model(reasoner, tiny_model)), hidden_units(left)
+    rows_ = [(h.name, h.units_before, h.units_after) for h in report.hidden]
+    assert rows_ == [(b.name, b.units, a.units) for b, a in zip(before, after, strict=True)]
+    assert sum(a.units for a in after) < 0.75 * sum(b.units for b in before)
+    assert all(a.units % 8 == 0 or a.units == b.units for b, a in zip(before, after, strict=True))
+    assert [x.heads_after for x in report.layers] == [b.heads for b in reasoner.attentions(left)]
+    assert report.macs_after < report.macs_before and report.parameters_after < report.parameters_before
+    (row,) = (r for r in pruning_summary(report) if r.name == "hidden units")
+    assert row.before == f"{sum(b.units for b in before)} units"
 
 
 # Bad input
