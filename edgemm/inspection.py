@@ -39,19 +39,22 @@ def is_bundle(model: str) -> bool:
 
 
 def inspect(model: str) -> dict[str, Any]:
-    """Components of a model or bundle; attention layers of a model; certificate and files of a bundle."""
+    """Components of a model or bundle; attention and hidden units of a model; certificate and files of a bundle."""
     if is_bundle(model):
         bundle = read_bundle(Path(model))
         manifest = bundle.manifest
         listed = [{k: c[k] for k in ("name", "inputs", "outputs")} for c in manifest["program"]["components"]]
         return {"components": listed, "sha256": bundle.sha256, **{k: manifest[k] for k in ("certificate", "files")}}
     from edgemm.models import find_family, is_torch, read_model, resolve, sizes, whole_program
+    from edgemm.models._hidden_units import hidden_units
 
     with tempfile.TemporaryDirectory() as runs:
         directory = resolve(model, runs=Path(runs))
         family = find_family(directory)
         module = read_model(family, directory)
-        parameters, macs = sizes(family, module) if is_torch(directory) else family.sizes(module)
+        torch_model = is_torch(directory)
+        parameters, macs = sizes(family, module) if torch_model else family.sizes(module)
+        hidden = hidden_units(module) if torch_model else []
         program = whole_program(family, module, directory)
     fields = ("name", "kind", "queries", "keys", "heads", "head_dim")
     return {
@@ -59,6 +62,7 @@ def inspect(model: str) -> dict[str, Any]:
         "output": program["output"]["kind"],
         "components": [{k: c[k] for k in ("name", "inputs", "outputs")} for c in program["components"]],
         "attention": [{f: getattr(b, f) for f in fields} for b in family.attentions(module)],
+        "hidden_units": [{"name": h.name, "units": h.units} for h in hidden],
         "parameters": parameters,
         "macs": macs,
     }

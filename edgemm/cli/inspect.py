@@ -35,6 +35,8 @@ def command(
     if layers := found.get("attention"):
         columns = ("attention", "kind", "queries", "keys", "heads", "width of a head")
         console.table("attention", columns, ([*row.values()] for row in layers))
+    if hidden := found.get("hidden_units"):
+        console.table("hidden units", ("block", "units"), ([*row.values()] for row in hidden))
     if certificate := found.get("certificate"):
         rows = ((a["metric"], a["fp32"], a["compressed"], a["drop_ci95_upper"]) for a in certificate["accuracy"])
         console.table(certificate["verdict"], ("metric", "FP32", "compressed", "bound on the drop"), rows)

@@ -6,7 +6,8 @@ components(model) -> [Component]        graphs to export, in the order they run
 attentions(model) -> [AttentionBlock]   every attention layer; head pruning shrinks those with q, k, v, o
 program(model, directory) -> dict       pre- and post-processing as data, see edgemm/runtime/program.py
 
-Families whose weights are a transformers checkpoint share _transformers.py.
+Families whose weights are a transformers checkpoint share _transformers.py. Neurons of feed-forward blocks, and
+channels inside residual blocks, are found in all of them by _hidden_units.py.
 """
 
 from __future__ import annotations

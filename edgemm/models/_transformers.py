@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock
+from edgemm.models._hidden_units import hidden_units
 from edgemm.models._processors import FILES
 
 SIDE_FILES = (*FILES, "generation_config.json")
-PRUNED = "pruned_heads.json"
+PRUNED = "pruned.json"
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")  # U8: masks; others are quantized or complex
 
 
@@ -44,7 +45,7 @@ def load(
 ) -> Any:
     """`cls.from_pretrained` in FP32 and eval mode, from this disk alone, and strictly: every tensor in its place.
 
-    attentions  of the family; heads that an earlier pruning removed are removed before the weights are read
+    attentions  of the family; heads and units that an earlier pruning removed are removed before the weights are read
     prepare     what is done to a model once it is built, e.g. folding weight norm into the weights
     unread      prefix of tensors that `prepare` takes away: the weights may have them or not
     options     for from_pretrained, e.g. attn_implementation="eager"
@@ -106,8 +107,10 @@ def _load_pruned(
     prepare(model)
     pruned = read_json(directory, PRUNED)
     for block in attentions(model):
-        if (heads := pruned.get(block.name)) is not None:
+        if (heads := pruned["heads"].get(block.name)) is not None:
             block.keep(list(range(heads)))
+    for hidden in hidden_units(model):
+        hidden.keep(list(range(pruned["units"][hidden.name])))
     missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys)
@@ -120,13 +123,14 @@ def _load_pruned(
 
 
 def save(model: Any, directory: Path, source: Path, attentions: Callable[[Any], list[AttentionBlock]]) -> None:
-    """config.json, model.safetensors, the side files of `source`, and how many heads each layer has left."""
+    """config.json, model.safetensors, the side files of `source`, and how many heads and units each layer has left."""
     model.save_pretrained(directory, save_original_format=False)  # old tensor names would not fit what is read below
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     heads = {b.name: b.heads for b in attentions(model) if b.q is not None}
-    (directory / PRUNED).write_text(json.dumps(heads, indent=1) + "\n", encoding="utf-8")
+    left = {"heads": heads, "units": {h.name: h.units for h in hidden_units(model)}}
+    (directory / PRUNED).write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:

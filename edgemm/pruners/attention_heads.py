@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal
@@ -12,8 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgemm.errors import InputError
+from edgemm.console import log
 from edgemm.models import AttentionBlock
+from edgemm.pruners._calibration import grams, not_reached, repair
+from edgemm.pruners._selection import choose, matching, named
 from edgemm.recipe import Strict
 
 
@@ -23,11 +24,13 @@ class Options(Strict):
     score   attention: on calibration data, attention probability x norm of the value it carries to the
             residual stream (Kobayashi et al. 2020); magnitude: L2 norm of the head's weights, no data
     layers  glob patterns over the names of attention layers; `edgemm inspect MODEL` lists them
+    repair  correct the output projections of the heads that stay by least squares on the calibration data
     """
 
     keep: float = Field(gt=0, le=1)
     score: Literal["attention", "magnitude"] = "magnitude"
     layers: tuple[str, ...] = Field(("*",), min_length=1)
+    repair: bool = False
 
 
 def prune(
@@ -36,39 +39,22 @@ def prune(
     """Remove the lowest-scored heads of the matched layers in place -> name: (scores of all heads, heads kept).
 
     run   passes the calibration data through the model once
-    Raises InputError when a pattern in `layers` matches nothing.
+    Layers whose q, k and v are one matrix stay whole, and the log names them.
+    Raises InputError when no layer can be pruned, or a pattern in `layers` matches none that can.
     """
-    blocks = [b for b in family.attentions(model) if b.q]
-    for pattern in options.layers:
-        if not any(fnmatchcase(b.name, pattern) for b in blocks):
-            raise InputError(
-                f"attention_heads: no layer matches {pattern!r}", fix=f"layers: {', '.join(b.name for b in blocks)}"
-            )
-    matched = [b for b in blocks if any(fnmatchcase(b.name, p) for p in options.layers)]
+    listed = family.attentions(model)
+    matched = matching("attention_heads", [b for b in listed if b.q], options.layers)
+    if whole := [b.name for b in listed if not b.q and named(b, options.layers)]:
+        log(f"attention_heads: q, k and v are no layers of their own, which stay whole: {', '.join(whole)}")
     scores = magnitude(matched) if options.score == "magnitude" else attention(matched, run)
     kept = choose([scores[b.name] for b in matched], options.keep)
+    if options.repair and options.keep < 1:
+        found = grams({b.name: b.linears[3] for b in matched}, run)
+        for block, heads in zip(matched, kept, strict=True):
+            repair(block.linears[3], heads, block.head_dim, found[block.name])
     for block, heads in zip(matched, kept, strict=True):
         block.keep(heads)
     return {b.name: (scores[b.name], heads) for b, heads in zip(matched, kept, strict=True)}
-
-
-def choose(scores: list[list[float]], keep: float) -> list[list[int]]:
-    """The heads that stay, a list a layer: the best of each layer first, then the best of all.
-
-    Scores are compared across layers as shares of their layer's mean, since layers differ in scale.
-    """
-    total = max(len(scores), round(keep * sum(map(len, scores))))
-    best = [max(range(len(s)), key=s.__getitem__) for s in scores]
-    rest = sorted(
-        (-score / (sum(s) / len(s) or 1.0), layer, head)
-        for layer, s in enumerate(scores)
-        for head, score in enumerate(s)
-        if head != best[layer]
-    )
-    kept = [[head] for head in best]
-    for _, layer, head in rest[: total - len(scores)]:
-        kept[layer].append(head)
-    return [sorted(k) for k in kept]
 
 
 def magnitude(blocks: list[AttentionBlock]) -> dict[str, list[float]]:
@@ -101,8 +87,9 @@ def attention(blocks: list[AttentionBlock], run: Callable[[], object]) -> dict[s
         def add(b: AttentionBlock, seen: dict[str, Tensor], _m: nn.Module, _i: object) -> None:
             q, k, v = (seen[part].unflatten(-1, (b.heads, b.head_dim)).transpose(1, 2) for part in "qkv")
             probability = (q @ k.transpose(-1, -2) / b.head_dim**0.5).softmax(-1)
-            carried = v @ b.linears[3].weight.T.unflatten(0, (b.heads, b.head_dim))
-            sums[b.name] += (probability @ carried.norm(dim=-1, keepdim=True)).sum((0, 2, 3))
+            o = b.linears[3].weight.T.unflatten(0, (b.heads, b.head_dim))
+            carried = (v @ (o @ o.mT) * v).sum(-1, keepdim=True).clamp(min=0).sqrt()  # ||W_o v||, in H x d and not D
+            sums[b.name] += (probability @ carried).sum((0, 2, 3))
             counts[b.name] += q.shape[0] * q.shape[2]
 
         *inner, o = block.linears
@@ -114,4 +101,6 @@ def attention(blocks: list[AttentionBlock], run: Callable[[], object]) -> dict[s
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / max(1, counts[name])).tolist() for name, total in sums.items()}
+    if missed := [name for name, count in counts.items() if not count]:
+        raise not_reached(missed)
+    return {name: (total / counts[name]).tolist() for name, total in sums.items()}

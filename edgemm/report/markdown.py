@@ -108,7 +108,7 @@ def comparison(target: TargetReport) -> list[Row]:
 
 
 def pruning_summary(pruning: Pruning) -> list[Row]:
-    """Links and heads by kind of attention, then parameters and MACs."""
+    """Links and heads by kind of attention, hidden units, then parameters and MACs."""
     rows = []
     for kind, name in KINDS.items():
         if layers := [x for x in pruning.layers if x.kind == kind]:
@@ -118,6 +118,9 @@ def pruning_summary(pruning: Pruning) -> list[Row]:
             rows.append(
                 Row(name, f"{before} links, {heads_before} heads", f"{after} links, {heads_after} heads", change)
             )
+    if pruning.hidden:
+        before, after = sum(x.units_before for x in pruning.hidden), sum(x.units_after for x in pruning.hidden)
+        rows.append(Row("hidden units", f"{before} units", f"{after} units", relative(before, after)))
     for name, before, after in (
         ("parameters", pruning.parameters_before, pruning.parameters_after),
         ("MACs", pruning.macs_before, pruning.macs_after),

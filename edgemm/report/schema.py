@@ -120,10 +120,19 @@ class Layer(Strict):
     kept: tuple[int, ...]
 
 
+class Units(Strict):
+    """The neurons of one feed-forward block, or the channels inside a residual block, before and after pruning."""
+
+    name: str
+    units_before: int
+    units_after: int
+
+
 class Pruning(Strict):
     """What left the model. MACs are of one input at its largest size."""
 
     layers: tuple[Layer, ...]
+    hidden: tuple[Units, ...] = ()
     parameters_before: int
     parameters_after: int
     macs_before: int

@@ -10,8 +10,9 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import split
 from edgemm.models import AttentionBlock, find_family, is_torch, open_fp32, read_model, sizes
+from edgemm.models._hidden_units import hidden_units
 from edgemm.recipe import Recipe
-from edgemm.report.schema import Layer, Pruning
+from edgemm.report.schema import Layer, Pruning, Units
 
 
 def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
@@ -31,23 +32,25 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         family = find_family(directory)
         model = read_model(family, directory)
         before, size_before = family.attentions(model), sizes(family, model)
+        hidden = {h.name: h.units for h in hidden_units(model)}
         calibration, _ = split(recipe, lambda: source.json("program.json"))
         queries = [s.query for s in calibration]
-        kept = {b.name: list(range(b.heads)) for b in before}
+        kept = {name: list(range(n)) for name, n in ({b.name: b.heads for b in before} | hidden).items()}
         scores: dict[str, list[float]] = {}
         for module, options in passes:
             log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
             run = lambda: open_fp32(family, model, directory).outputs(queries)  # noqa: E731
             changes = module.prune(family, model, run, options)
-            for name, (score, heads) in changes.items():
+            for name, (score, stay) in changes.items():
                 scores.setdefault(name, score)
-                kept[name] = [kept[name][h] for h in heads]
+                kept[name] = [kept[name][i] for i in stay]
         family.save(model, out / "model", directory)
         program = {**source.json("program.json"), **family.program(model, out / "model")}
         (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
         size_after = sizes(family, model)
         report = Pruning(
             layers=tuple(layer(b, scores.get(b.name), kept[b.name]) for b in before),
+            hidden=tuple(Units(name=n, units_before=u, units_after=len(kept[n])) for n, u in hidden.items()),
             parameters_before=size_before[0],
             parameters_after=size_after[0],
             macs_before=size_before[1],

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from edgemm import console
-from edgemm.models import find_family, read_model
-from edgemm.models._graph import check
+from edgemm import console, plugins
+from edgemm.models import Component, find_family, read_model, sizes
+from edgemm.models._graph import check, onnx_export
+from edgemm.recipe import load_recipe
 from tests import checkpoints
 
 TOLERANCE = 1e-4
@@ -57,6 +58,34 @@ def test_a_full_size_checkpoint_goes_all_the_way(
     with capsys.disabled():
         columns = ("", "OpenVINO FP32 p50, ms", "INT8 p50, ms", "speed-up", "95 % interval")
         console.table(title, columns, map(cells, (*rows, total)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["clip"])
+def test_half_of_a_full_size_model_leaves_its_graph(name: str, tmp_path: Path, capsys: Any) -> None:
+    """Half of the heads and neurons: every graph is what the pruned torch model computes, from the disk too."""
+    whole = checkpoints.write(name, tmp_path / "whole", full=True)
+    family = find_family(whole)
+    model = read_model(family, whole)
+    before = sizes(family, model)
+    for pass_ in load_recipe("half").prune:
+        options = plugins.options("pruners", pass_.use, pass_.values, "half")
+        plugins.plugin("pruners", pass_.use).prune(family, model, lambda: run(family.components(model)), options)
+    family.save(model, tmp_path / "half", whole)
+    after = sizes(family, half := read_model(family, tmp_path / "half"))
+    for component in family.components(half):
+        onnx_export(component, path := tmp_path / f"{component.name}.onnx", 18)
+        check(component, path, TOLERANCE)
+    with capsys.disabled():
+        rows = zip(("parameters", "MACs"), before, after, strict=True)
+        table = ((what, f"{old:,}", f"{new:,}", f"{old / new:.2f}x") for what, old, new in rows)
+        console.table(f"{name}, half", ("", "before", "after", "ratio"), table)
+    assert before[1] / after[1] > 1.75
+
+
+def run(components: list[Component]) -> None:
+    for component in components:
+        component.module(**component.example(4))
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

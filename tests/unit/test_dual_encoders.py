@@ -43,6 +43,7 @@ from transformers import (
 from edgemm.errors import InputError
 from edgemm.models import find_family, open_fp32, read_model
 from edgemm.models._graph import check, onnx_export
+from edgemm.models._hidden_units import hidden_units, matrix
 from edgemm.runtime.session import Query
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,7 +240,7 @@ def test_sizes(name: str, checkpoints: Path) -> None:
 
 
 def thinned(case: Case) -> tuple[Any, Any]:
-    """The model with heads removed, another number in every layer; and whole, those heads' columns of o zero."""
+    """The model with heads and neurons removed, uneven by layer; and whole, with zeros where those were read."""
     pruned, zeroed = copy.deepcopy(case.model), copy.deepcopy(case.model)
     kept = [[0, 2], [1], [3, 1, 0], [2, 3]]
     blocks = [b for b in case.family.attentions(pruned) if b.q is not None]
@@ -248,6 +249,10 @@ def thinned(case: Case) -> tuple[Any, Any]:
         block.keep(kept[i % 4])
         for head in set(range(full.heads)) - set(kept[i % 4]):
             full.o.weight.data[:, head * full.head_dim : (head + 1) * full.head_dim] = 0
+    for i, (hidden, full) in enumerate(zip(hidden_units(pruned), hidden_units(zeroed), strict=True)):
+        left = list(range(i % 3, full.units, 2 + i % 2))
+        hidden.keep(left)
+        matrix(full.reads)[:, [n for n in range(full.units) if n not in left]] = 0
     return pruned, zeroed
 
 
@@ -258,6 +263,7 @@ def test_removed_heads_are_heads_whose_output_is_nothing(case: Case, tmp_path: P
     for name, value in run(case.family, zeroed, tensors).items():
         close(got[name], value)
         assert name == "audio_embeds" or (value - whole[name]).abs().max() > 0.01
+    assert len(hidden_units(pruned)) == 4 + 2 * ("clap" in case.name) + (case.name == "siglip")
     heads = [b.heads for b in case.family.attentions(pruned) if b.q is not None]
     assert heads == [2, 1, 3, 2][: len(heads)]
     case.family.save(pruned, tmp_path, case.directory)
@@ -285,6 +291,8 @@ def test_graphs_are_what_torch_computes(graph: str, checkpoints: Path, tmp_path:
     blocks = [b for b in case.family.attentions(model) if b.queries == modality]
     if blocks[0].q is not None:
         blocks[0].keep([1, 3])
+    for i, hidden in enumerate(hidden_units(model)):
+        hidden.keep(list(range(i, hidden.units, 2)))
     (component,) = (c for c in case.family.components(model) if c.name == f"{modality}_encoder")
     path = tmp_path / f"{component.name}.onnx"
     onnx_export(component, path, 18)

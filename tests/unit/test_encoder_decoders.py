@@ -34,6 +34,7 @@ from edgemm.backends import openvino as openvino_backend
 from edgemm.errors import InputError
 from edgemm.models import Component, vision_encoder_decoder, whisper
 from edgemm.models._graph import caller, check, onnx_export
+from edgemm.models._hidden_units import hidden_units, matrix
 from edgemm.plugins import plugin
 from edgemm.pruners import padding
 from edgemm.runtime import onnxruntime, openvino
@@ -308,8 +309,13 @@ def test_removed_heads_are_gone_from_the_files_and_the_cache(name, directory, tm
             columns = torch.ones(HEADS, block.head_dim)
             columns[kept] = 0
             same.o.weight.data[:, columns.flatten() == 1] = 0
+    assert len(hidden_units(model)) == 2 * LAYERS
+    for i, (hidden, full) in enumerate(zip(hidden_units(model), hidden_units(silenced), strict=True)):
+        hidden.keep(list(range(i % 2, full.units, 2)))
+        matrix(full.reads)[:, (i + 1) % 2 :: 2] = 0
     family.save(model, tmp_path, source)
     again = family.load(tmp_path)
+    assert [h.units for h in hidden_units(again)] == [h.units // 2 for h in hidden_units(family.load(source))]
     left = [b.heads for b in family.attentions(again) if b.q is not None]
     assert left == [[1, 3][i % 2] for i in range(len(left))]
     encoder, decoder = family.components(again)

@@ -18,6 +18,7 @@ from PIL import Image
 from edgemm.errors import InputError
 from edgemm.models import Component, find_family, open_fp32, read_model
 from edgemm.models._graph import onnx_export
+from edgemm.models._hidden_units import hidden_units, matrix
 from edgemm.plugins import validate
 from edgemm.runtime.program import Program
 
@@ -326,6 +327,10 @@ def test_pruned_heads_stay_pruned_on_disk(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             block.o.weight.view(-1, 4, 8)[:, gone] = 0
         other.keep(cut[i])
+    for i, (hidden, full) in enumerate(zip(hidden_units(loaded), hidden_units(reference), strict=True)):
+        kept = list(range(i % 5, full.units, 3))
+        hidden.keep(kept)
+        matrix(full.reads)[:, [n for n in range(full.units) if n not in kept]] = 0
     (tmp_path / "pruned").mkdir()
     family.save(loaded, tmp_path / "pruned", tmp_path / "whole")
     again = read_model(family, tmp_path / "pruned")
