@@ -140,9 +140,13 @@ class Session:
     def outputs(self, queries: Sequence[Query]) -> Outputs:
         """What metrics judge, of all queries in order; edgemm/metrics/__init__.py lists it by output kind."""
         kind = self.output["kind"]
+        if kind in ("generation", "transcript"):  # a few at a time: what a text is made of is megabytes
+            texts = []
+            for start in range(0, len(queries), MAX_BATCH):
+                chunk = queries[start : start + MAX_BATCH]
+                texts += [self._text_of(q, r) for q, r in zip(chunk, self._evaluate(chunk), strict=True)]
+            return {"text": np.array(texts)}
         rows = self._evaluate(queries)
-        if kind in ("generation", "transcript"):
-            return {"text": np.array([self._text_of(q, r) for q, r in zip(queries, rows, strict=True)])}
         if kind == "labels":
             logits = np.concatenate([r[self.output["tensor"]] for r in rows])
             return {"logits": logits, "labels": np.array(self.output["labels"])}
