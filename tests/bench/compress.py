@@ -31,7 +31,7 @@ from edgemm.stages.export import export
 from edgemm.stages.load import load
 from edgemm.stages.prune import prune
 from edgemm.stages.quantize import quantize
-from edgemm.target import load_target
+from edgemm.target import Target, load_target
 
 ROUNDS, BLOCK, WARM_UP = 20, 10, 20
 
@@ -44,7 +44,7 @@ def main() -> None:
     recipe, target = load_recipe("reasoner"), load_target("x86-openvino")
     runs: Path = arguments.runs
     source = load(recipe, runs)
-    graphs = variants(source, recipe, runs)
+    graphs = variants(source, recipe, target, runs)
     engines = {name: compile_engine(graph, target, "f32", runs) for name, graph in graphs.items()}
     if arguments.profile:
         for name in ("FP32", "pruned + INT8"):
@@ -53,14 +53,14 @@ def main() -> None:
         compare(source, graphs, engines, recipe, target.threads)
 
 
-def variants(source: Artifact, recipe: Recipe, runs: Path) -> dict[str, Artifact]:
+def variants(source: Artifact, recipe: Recipe, target: Target, runs: Path) -> dict[str, Artifact]:
     fp32 = export(source, recipe.export, runs)
     pruned = export(prune(source, recipe, runs), recipe.export, runs)
     return {
         "FP32": fp32,
-        "INT8": quantize(fp32, recipe, runs),
+        "INT8": quantize(fp32, recipe, target, runs),
         "pruned": pruned,
-        "pruned + INT8": quantize(pruned, recipe, runs),
+        "pruned + INT8": quantize(pruned, recipe, target, runs),
     }
 
 
