@@ -193,7 +193,7 @@ def audio_spec(model: Any, directory: Path) -> dict[str, Any]:
         "sampling_rate": extractor.sampling_rate,
         "seconds": extractor.chunk_length,
         "pad": "silence",
-        "tail": getattr(config, MERGED, {}).get("tail"),
+        **({"tail": merged["tail"]} if (merged := getattr(config, MERGED, None)) else {}),
         "mel": {
             "n_fft": extractor.n_fft,
             "hop_length": extractor.hop_length,
