@@ -54,7 +54,7 @@ def compile_component(
                     kept[name][1].state.state = ov.Tensor(np.ascontiguousarray(value))
             elif name not in bound or value is not bound[name][0]:
                 # A view may be one of this engine's own buffers, which it writes to.
-                bound[name] = value, np.ascontiguousarray(value) if value.base is None else np.array(value)
+                bound[name] = value, np.ascontiguousarray(value) if value.base is None else np.array(value, order="C")
                 request.set_tensor(name, ov.Tensor(bound[name][1], shared_memory=True))
         request.start_async()
         request.wait()
