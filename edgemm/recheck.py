@@ -13,7 +13,7 @@ import numpy as np
 
 from edgemm import plugins
 from edgemm.console import log
-from edgemm.data import is_random, split
+from edgemm.data import check_data, is_random, split
 from edgemm.errors import InputError, ToolchainError
 from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
@@ -45,6 +45,12 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
     target = plugins.validate(Target, provenance.get("target"), f"{bundle}: provenance.target")
     if data is not None:
         recipe = recipe.model_copy(update={"data": data})
+    try:
+        check_data(recipe)
+    except InputError as e:
+        if data is not None:
+            raise
+        raise InputError(f"{bundle} was verified on {recipe.data!r}, which is not here", fix="--data FILE") from e
     gates = [golden_gate(session, content.files)]
     notes = ["latency, memory and size are not measured: a bundle does not carry the FP32 graph"]
     accuracy: tuple[Accuracy, ...] = ()

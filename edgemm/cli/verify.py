@@ -12,7 +12,7 @@ from edgemm import console
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="An .edgemm file.")],
-    data: Annotated[Optional[str], typer.Option(help="Data set by name. Default: the one it was verified on.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Data set or file. Default: the one it was verified on.")] = None,
     device_report: Annotated[
         Optional[Path],
         typer.Option(metavar="FILE", help="What device_runner.py wrote on the device: judge that instead."),

@@ -105,7 +105,10 @@ def test_whisper_writes_from_its_bundle_without_torch(
     heard = json.loads(done.stdout)["answer"].lower().strip(" .").split()
     spoken = said["transcript"].lower().strip(" .").split()
     assert len(set(heard) & set(spoken)) >= 0.7 * len(set(spoken)), (heard, spoken)
-    assert device("verify", bundle).returncode == 0
+    done = device("verify", bundle)
+    assert done.returncode == 2
+    assert "was verified on 'few.jsonl', which is not here" in done.stderr
+    assert device("verify", bundle, "--data", few).returncode == 0
 
 
 def test_sentences_are_many_different_and_without_numerals() -> None:
