@@ -19,7 +19,8 @@ from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Accuracy, BundleFile, Gate, TargetReport
 from edgemm.runtime.bundle import read_bundle
-from edgemm.runtime.session import Query, Session
+from edgemm.runtime.query import Query
+from edgemm.runtime.session import Session
 from edgemm.target import Target
 from edgemm.verdict import accuracy_gates, at_most, worst
 

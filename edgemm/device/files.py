@@ -28,7 +28,8 @@ from edgemm.device import device_runner
 from edgemm.errors import InputError
 from edgemm.recipe import Recipe
 from edgemm.runtime.onnxruntime import compile_component
-from edgemm.runtime.session import Session, Tensors, open_directory
+from edgemm.runtime.query import Tensors
+from edgemm.runtime.session import Session, open_directory
 from edgemm.target import Target
 
 RUNNER, TRTEXEC = "device_runner.py", "device/trtexec.sh"

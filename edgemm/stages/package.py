@@ -18,7 +18,8 @@ from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
-from edgemm.runtime.session import Array, Session, open_directory
+from edgemm.runtime.query import Array
+from edgemm.runtime.session import Session, open_directory
 from edgemm.target import Target
 
 GOLDEN = 4

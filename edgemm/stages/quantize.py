@@ -17,7 +17,8 @@ from edgemm.errors import InputError
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
-from edgemm.runtime.session import Tensors, open_directory
+from edgemm.runtime.query import Tensors
+from edgemm.runtime.session import open_directory
 from edgemm.target import Target
 
 STEPS = 4

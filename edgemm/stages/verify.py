@@ -30,7 +30,8 @@ from edgemm.report.schema import (
     TargetReport,
 )
 from edgemm.runtime import measure
-from edgemm.runtime.session import Query, Session, Tensors, open_directory
+from edgemm.runtime.query import Query, Tensors
+from edgemm.runtime.session import Session, open_directory
 from edgemm.target import Target
 from edgemm.verdict import accuracy_gates, budget_gates, worst
 

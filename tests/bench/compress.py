@@ -25,7 +25,8 @@ from edgemm.data import split
 from edgemm.metrics import accuracy
 from edgemm.models import find_family, read_model
 from edgemm.recipe import Recipe, load_recipe
-from edgemm.runtime.session import Session, Tensors, open_directory
+from edgemm.runtime.query import Tensors
+from edgemm.runtime.session import Session, open_directory
 from edgemm.stages.compile import compile_engine
 from edgemm.stages.export import export
 from edgemm.stages.load import load
