@@ -38,7 +38,8 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     baseline = compile_engine(export(source, recipe.export, runs), target, "f32", runs)  # FP32, same runtime
     pruning = None if pruned is source else Pruning.model_validate(pruned.json("pruning.json"))
     verified = verify(engine, baseline, source, pruning, recipe, target, runs)
-    report = TargetReport.model_validate(verified.json("target.json"))
+    tuned = quantized.json("tuning.json") if "tuning.json" in quantized.manifest.files else []
+    report = TargetReport.model_validate({**verified.json("target.json"), "tuning": tuned})
     if report.verdict not in ("PASS", "UNVERIFIED"):
         return report, None  # what is not proven is not packed
     return report, package(verified, engine, graph, source, recipe, target, runs)  # one .edgemm file

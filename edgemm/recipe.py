@@ -31,10 +31,27 @@ class Use(BaseModel):
         return dict(self.model_extra or {})
 
 
+class QuantizeSearch(Strict):
+    """What edgemm/tuning.py may try until each component's outputs reach `sqnr_db` against FP32, in this order.
+
+    smooth_quant   alphas of SmoothQuant, -1 for off;  ranges  how activations' ranges are found
+    Then products stay in float, the most sensitive first. After `budget_minutes` a component tries nothing more.
+    """
+
+    sqnr_db: float = Field(30.0, gt=0, le=80)
+    smooth_quant: tuple[float, ...] = Field((0.5, 0.8, -1), min_length=1)
+    ranges: tuple[Literal["minmax", "histogram"], ...] = Field(("minmax", "histogram"), min_length=1)
+    budget_minutes: float = Field(10.0, gt=0)
+
+
 class Quantize(Use):
-    """A quantizer, its options, and what differs for single components, by glob pattern over their names."""
+    """A quantizer, its options, and what differs for single components, by glob pattern over their names.
+
+    search   finds some of the options by measurement on calibration data
+    """
 
     components: dict[str, dict[str, Any]] = {}
+    search: QuantizeSearch | None = None
 
     def of(self, component: str) -> dict[str, Any]:
         """The options of one component: later patterns win over earlier ones and over the general options."""

@@ -7,13 +7,15 @@ import io
 import logging
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import onnx
 from numpy.typing import NDArray
 from pydantic import Field
 
-from edgemm.errors import ToolchainError
+from edgemm.errors import InputError, ToolchainError
 from edgemm.recipe import Strict
 
 
@@ -28,12 +30,25 @@ class Options(Strict):
     smooth_quant: float = Field(0.5, ge=-1, le=1)
     ranges: Literal["minmax", "histogram"] = "minmax"
     weight_only: bool = False
-    keep_float: tuple[str, ...] = Field((), description="ONNX op types that stay in float")
+    keep_float: tuple[str, ...] = Field((), description="what stays in float: ONNX op types, or glob patterns of nodes")
 
 
 def needs_samples(options: Options) -> bool:
     """Whether activations' ranges are to be found."""
     return not options.weight_only
+
+
+def kept(model: onnx.ModelProto, patterns: Sequence[str]) -> list[str]:
+    """Names of the nodes whose op type or name a pattern matches; InputError for one that matches none."""
+    found: list[str] = []
+    for pattern in patterns:
+        nodes = [n.name for n in model.graph.node if n.op_type == pattern or fnmatchcase(n.name, pattern)]
+        if not nodes:
+            known = sorted({n.name for n in model.graph.node} | {n.op_type for n in model.graph.node})
+            near = get_close_matches(pattern, known, n=3) or known[:3]
+            raise InputError(f"quantize.keep_float: {pattern!r} matches no node", fix=f"near: {', '.join(near)}")
+        found += nodes
+    return found
 
 
 def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]], options: Options) -> onnx.ModelProto:
@@ -54,8 +69,7 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
     )
     if options.ranges == "histogram":
         advanced.activations_range_estimator_params = RangeEstimatorParametersSet.HISTOGRAM
-    present = {node.op_type for node in model.graph.node}
-    ignored = [t for t in ("Gather", *options.keep_float) if t in present]
+    ignored = [*kept(model, options.keep_float), *(n.name for n in model.graph.node if n.op_type == "Gather")]
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars; our stdout carries the result alone
         return nncf.quantize(
             model,
@@ -63,6 +77,6 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
             preset=nncf.QuantizationPreset(options.preset),
             subset_size=len(samples),
             model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(types=ignored) if ignored else None,
+            ignored_scope=nncf.IgnoredScope(names=sorted({*ignored})) if ignored else None,
             advanced_parameters=advanced,
         )

@@ -139,6 +139,37 @@ class Pruning(Strict):
     macs_after: int
 
 
+class Trial(Strict):
+    """What one set of options gave on held-back calibration samples."""
+
+    smooth_quant: float
+    ranges: str
+    sqnr_db: float
+
+
+class Sensitivity(Strict):
+    """What one product's INT8 costs: what the component's outputs gain, in dB, when its activations are not rounded."""
+
+    name: str
+    gain_db: float
+
+
+class Tuned(Strict):
+    """What edgemm/tuning.py chose for a component, and why. `sensitivity` is empty where smoothing and ranges sufficed.
+
+    sqnr_db   of the component's outputs against FP32 on held-back calibration samples;  wanted_db  what was asked
+    """
+
+    component: str
+    wanted_db: float
+    sqnr_db: float
+    smooth_quant: float
+    ranges: str
+    keep_float: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    sensitivity: tuple[Sensitivity, ...]
+
+
 class Gate(Strict):
     """One condition of the verdict. `value` with its 95 % interval or bound in `detail`."""
 
@@ -189,6 +220,7 @@ class TargetReport(Strict):
     memory: Memory | None
     size: Size | None
     pruning: Pruning | None
+    tuning: tuple[Tuned, ...] = ()
     gates: tuple[Gate, ...]
     bundle: BundleFile | None
     level: Level | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from edgemm.recipe import Recipe
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import open_directory
 from edgemm.target import Target
+from edgemm.tuning import tune
 
 STEPS = 4
+TUNING = "tuning.json"  # what was tried and chosen, for the report
 
 
 def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
@@ -33,17 +37,24 @@ def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
     """<component>.onnx as the recipe's quantizer makes it; without a quantizer in the recipe, `graph` itself."""
     if recipe.quantize is None:
         return graph
-    use, options = recipe.quantize.use, options_of(graph, recipe)
+    use, options, search = recipe.quantize.use, options_of(graph, recipe), recipe.quantize.search
     quantizer = plugins.plugin("quantizers", use)
 
     def make(out: Path) -> None:
         wanted = {n for n in options if quantizer.needs_samples(options[n])}
         samples = record(graph, recipe, wanted)
-        for name in options:
+        specs = {c["name"]: c for c in graph.json("program.json")["components"]}
+        tuned = []
+        for name, chosen in options.items():
+            load = partial(onnx.load, graph.path / f"{name}.onnx")
+            if search and name in wanted:
+                chosen, found = tune(specs[name], load(), samples[name], quantizer.quantize, chosen, search)
+                tuned.append(found.model_dump(mode="json"))
             log(f"quantize {name}: {use}, {len(samples[name])} samples")
-            model = quantizer.quantize(onnx.load(graph.path / f"{name}.onnx"), samples[name], options[name])
+            model = quantizer.quantize(load(), samples[name], chosen)
             onnx.save(int8_tables(model), out / f"{name}.onnx")
         copy_program(graph, out)
+        (out / TUNING).write_text(json.dumps(tuned), encoding="utf-8")
 
     return build(
         "quantized",
@@ -52,6 +63,7 @@ def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         config={
             "use": use,
             "components": {n: o.model_dump(mode="json") for n, o in options.items()},
+            "search": search and search.model_dump(mode="json"),
             "calibration": recipe.calibration,
             "seed": recipe.seed,
         },
