@@ -22,6 +22,7 @@ from edgemm.recipe import Strict
 class Options(Strict):
     """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; `ranges`: how activations' ranges are found.
 
+    preset       performance: all symmetric; mixed: zero points where activations, or weights alone, are one-sided
     weight_only  weights alone are INT8, per channel, and activations stay in float: for decoders, whose time
                  goes into reading weights, and whose activations collapse in INT8
     """
@@ -63,7 +64,8 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
     nncf.set_log_level(logging.ERROR)
     if options.weight_only:
         with contextlib.redirect_stdout(io.StringIO()):
-            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+            mode = "INT8_SYM" if options.preset == "performance" else "INT8_ASYM"
+            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode])
     advanced = AdvancedQuantizationParameters(
         smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=options.smooth_quant)
     )

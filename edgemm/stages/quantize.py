@@ -16,6 +16,7 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError
+from edgemm.graph.centering import center_vocabulary
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
@@ -46,7 +47,7 @@ def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         specs = {c["name"]: c for c in graph.json("program.json")["components"]}
         tuned = []
         for name, chosen in options.items():
-            load = partial(onnx.load, graph.path / f"{name}.onnx")
+            load = partial(read, graph, name)
             if search and name in wanted:
                 chosen, found = tune(specs[name], load(), samples[name], quantizer.quantize, chosen, search)
                 tuned.append(found.model_dump(mode="json"))
@@ -109,6 +110,11 @@ def lowered(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Arti
         tools=("nncf", "onnx", "onnxruntime", "easy-vqa"),
         make=make,
     )
+
+
+def read(graph: Artifact, name: str) -> onnx.ModelProto:
+    """The FP32 graph of a component, as a quantizer takes it best."""
+    return center_vocabulary(onnx.load(graph.path / f"{name}.onnx"))
 
 
 def options_of(graph: Artifact, recipe: Recipe) -> dict[str, Any]:
