@@ -24,55 +24,32 @@ STEPS = 4
 
 
 def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
-    """Quantize every component of `graph` in the target's dialect; see `plain` and `lowered`."""
-    return lowered(graph, recipe, target, runs) if target.dialect == "tensorrt" else plain(graph, recipe, runs)
+    """Quantize every component of `graph` in the target's dialect.
 
-
-def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
-    """<component>.onnx as the recipe's quantizer makes it; without a quantizer in the recipe, `graph` itself."""
-    if recipe.quantize is None:
+    openvino   <component>.onnx as the quantizer makes it; without one in the recipe, `graph` itself
+    tensorrt   <component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx: graph/lower.py
+    """
+    tensorrt = target.dialect == "tensorrt"
+    use = recipe.quantize.use if recipe.quantize and (not tensorrt or "int8" in target.precisions) else None
+    if not use and not tensorrt:
         return graph
-    use, options = recipe.quantize.use, options_of(graph, recipe)
-    quantizer = plugins.plugin("quantizers", use)
+    precisions = [p for p in target.precisions if p != "int8" or use]
+    options = options_of(graph, recipe) if use else {}
 
     def make(out: Path) -> None:
-        wanted = {n for n in options if quantizer.needs_samples(options[n])}
-        samples = record(graph, recipe, wanted)
-        for name in options:
-            log(f"quantize {name}: {use}, {len(samples[name])} samples")
-            model = quantizer.quantize(onnx.load(graph.path / f"{name}.onnx"), samples[name], options[name])
-            onnx.save(int8_tables(model), out / f"{name}.onnx")
-        copy_program(graph, out)
-
-    return build(
-        "quantized",
-        runs,
-        parents=[graph],
-        config={
-            "use": use,
-            "components": {n: o.model_dump(mode="json") for n, o in options.items()},
-            "calibration": recipe.calibration,
-            "seed": recipe.seed,
-        },
-        tools=("nncf", "onnx", "onnxruntime", "easy-vqa"),
-        make=make,
-    )
-
-
-def lowered(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
-    """<component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx, as TensorRT takes them."""
-    precisions = [p for p in target.precisions if p != "int8" or recipe.quantize]
-    options = options_of(graph, recipe) if "int8" in precisions else {}
-    use = recipe.quantize.use if recipe.quantize and options else None
-
-    def make(out: Path) -> None:
+        quantizer: Any = plugins.plugin("quantizers", use) if use else None
         names = [c["name"] for c in graph.json("program.json")["components"]]
-        samples = record(graph, recipe, set(names))
+        calibrated = {n for n in names if tensorrt or quantizer.needs_samples(options[n])}  # FP16 needs it, too
+        samples = record(graph, recipe, calibrated)
         for name in names:
-            model, quantized = onnx.load(graph.path / f"{name}.onnx"), None
-            if use:
+            model = onnx.load(graph.path / f"{name}.onnx")
+            quantized = None
+            if quantizer:
                 log(f"quantize {name}: {use}, {len(samples[name])} samples")
-                quantized = plugins.plugin("quantizers", use).quantize(model, samples[name], options[name])
+                quantized = quantizer.quantize(model, samples[name], options[name])
+            if not tensorrt:
+                onnx.save(int8_tables(quantized), out / f"{name}.onnx")
+                continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
             for precision, made in lower(model, quantized, samples[name], target.opset_max, name).items():
                 if kept := kept_in_float32(made):
