@@ -216,13 +216,13 @@ class TargetReport(Strict):
     name: str
     verdict: Verdict
     accuracy: tuple[Accuracy, ...]
-    latency: Latency | None
-    memory: Memory | None
-    size: Size | None
-    pruning: Pruning | None
+    latency: Latency | None = None
+    memory: Memory | None = None
+    size: Size | None = None
+    pruning: Pruning | None = None
     tuning: tuple[Tuned, ...] = ()
     gates: tuple[Gate, ...]
-    bundle: BundleFile | None
+    bundle: BundleFile | None = None
     level: Level | None = None
     level_asked: Level | None = None
     established: str = ""
