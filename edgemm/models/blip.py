@@ -25,6 +25,7 @@ from edgemm.models._decoder import (
     HIDDEN,
     MAX_BATCH,
     CachedDecoder,
+    Pair,
     Settings,
     attend,
     cache_ports,
@@ -78,10 +79,29 @@ class CrossCache(nn.Module):
         return tuple(heads(of(states), a.attention_head_size) for a in self.attentions for of in (a.key, a.value))
 
 
+class DecoderLayer(nn.Module):
+    """A layer of the text decoder on cached keys and values; see CachedDecoder."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, states: Tensor, mask: Tensor, past: Pair, cross: Pair, cross_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer, own, other = self.layer, self.layer.attention.self, self.layer.crossattention.self
+        size = own.attention_head_size
+        key = torch.cat([past[0], heads(own.key(states), size)], 2)
+        value = torch.cat([past[1], heads(own.value(states), size)], 2)
+        query = heads(own.query(states) * size**-0.5, size)
+        states = layer.attention.output(attend(query, key, value, mask), states)
+        query = heads(other.query(states) * size**-0.5, size)
+        seen = attend(query, *cross, cross_mask)
+        return layer.feed_forward_chunk(layer.crossattention.output(seen, states)), key, value
+
+
 class Decoder(CachedDecoder):
     """The text decoder; `attention_mask` hides what pads the question."""
-
-    layers: Any
 
     def decode(
         self,
@@ -96,15 +116,8 @@ class Decoder(CachedDecoder):
         cross_mask = None if attention_mask is None else padding(attention_mask)
         present = []
         for i, layer in enumerate(self.layers):
-            own, other = layer.attention.self, layer.crossattention.self
-            size = own.attention_head_size
-            key = torch.cat([cache[f"past_key_{i}"], heads(own.key(states), size)], 2)
-            value = torch.cat([cache[f"past_value_{i}"], heads(own.value(states), size)], 2)
-            query = heads(own.query(states) * size**-0.5, size)
-            states = layer.attention.output(attend(query, key, value, mask), states)
-            query = heads(other.query(states) * size**-0.5, size)
-            seen = attend(query, cache[f"cross_key_{i}"], cache[f"cross_value_{i}"], cross_mask)
-            states = layer.feed_forward_chunk(layer.crossattention.output(seen, states))
+            past, cross = ((cache[f"{kind}_key_{i}"], cache[f"{kind}_value_{i}"]) for kind in ("past", "cross"))
+            states, key, value = layer(states, mask, past, cross, cross_mask)
             present += [key, value]
         return self.head(states[:, -1]), *present
 
@@ -151,10 +164,11 @@ def components(model: Any) -> list[Component]:
 def _generation(text_decoder: Any, states: Port, *masks: Port) -> list[Component]:
     """cross_cache and decoder, which tells of `states`."""
     config, cache = text_decoder.config, CrossCache(text_decoder)
-    embed, layers, head = text_decoder.bert.embeddings, text_decoder.bert.encoder.layer, text_decoder.cls
+    blocks, embed, head = text_decoder.bert.encoder.layer, text_decoder.bert.embeddings, text_decoder.cls
+    layers: list[nn.Module] = [DecoderLayer(layer) for layer in blocks]
     own, other = (
         [(a.num_attention_heads, a.attention_head_size) for a in attentions]
-        for attentions in ([layer.attention.self for layer in layers], cache.attentions)
+        for attentions in ([layer.attention.self for layer in blocks], cache.attentions)
     )
     cross, most = cache_ports("cross", other, states.shape[1]), config.max_position_embeddings
     plain = decoder(embed, layers, head, own, (*masks, *cross), vocabulary=config.vocab_size, positions=most)
@@ -185,7 +199,9 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     output: dict[str, Any] = {"kind": "embeddings", "tensors": embeds, "match": "match_logits"}
     if not isinstance(model, BlipForImageTextRetrieval):
         settings = Settings(eos_token_id=config.sep_token_id)
-        output = settings.generation(config.num_hidden_layers, [config.bos_token_id], DEFAULT_NEW_TOKENS)
+        output = settings.generation(
+            len(model.text_decoder.bert.encoder.layer), [config.bos_token_id], DEFAULT_NEW_TOKENS
+        )
         output["text_prompt"] = isinstance(model, BlipForConditionalGeneration)
     most = config.max_position_embeddings
     text = text_spec(directory, ids="input_ids", mask="attention_mask", max_tokens=most)

@@ -200,8 +200,9 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     """An image to text, as transformers' generate makes it."""
     settings: Settings = read_settings(model, directory)
     prompt = [settings.start]
-    layers = model.config.decoder.num_hidden_layers
+    decoder = model.decoder
+    layers = decoder.model.decoder.layers if hasattr(decoder, "model") else decoder.transformer.h
     return {
         "image": image_spec(directory, "pixel_values"),
-        "output": settings.generation(layers, prompt, settings.new_tokens(prompt)),
+        "output": settings.generation(len(layers), prompt, settings.new_tokens(prompt)),
     }

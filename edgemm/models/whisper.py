@@ -166,7 +166,7 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     limit = min(wanted, positions - len(prompt))
     return {
         "audio": audio_spec(model, directory),
-        "output": settings.generation(model.config.decoder_layers, prompt, limit),
+        "output": settings.generation(len(model.model.decoder.layers), prompt, limit),
     }
 
 

@@ -37,12 +37,15 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         queries = [s.query for s in calibration]
         kept = {name: list(range(n)) for name, n in ({b.name: b.heads for b in before} | hidden).items()}
         scores: dict[str, list[float]] = {}
+        origin = {part: name for name, part in model.named_modules()}
         for module, options in passes:
             log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
             run = lambda: open_fp32(family, model, directory).outputs(queries)  # noqa: E731
-            changes = module.prune(family, model, run, options)
-            for name, (score, stay) in changes.items():
-                scores.setdefault(name, score)
+            names = {name: origin[part] for name, part in model.named_modules() if part in origin}
+            for now, (score, stay) in module.prune(family, model, run, options).items():
+                name = names[now]  # where blocks have left, the others have moved up
+                if score:
+                    scores.setdefault(name, score)
                 kept[name] = [kept[name][i] for i in stay]
         family.save(model, out / "model", directory)
         program = {**source.json("program.json"), **family.program(model, out / "model")}
