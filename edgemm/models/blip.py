@@ -29,6 +29,7 @@ from edgemm.models._decoder import (
     Settings,
     attend,
     cache_ports,
+    cached_cross,
     causal,
     decoder,
     heads,
@@ -50,17 +51,33 @@ class ImageEncoder(nn.Module):
         return (tokens, F.normalize(self.projection(tokens[:, 0]), dim=-1)) if self.projection else tokens
 
 
+class TextLayer(nn.Module):
+    """A layer of the text encoder, which may have no head left that looks at the image."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states: Tensor, mask: Tensor, image_tokens: Tensor | None) -> Tensor:
+        layer = self.layer
+        if image_tokens is None or layer.crossattention.self.num_attention_heads:
+            return layer(states, image_tokens, attention_mask=mask)
+        states, _ = layer.attention(states, attention_mask=mask)
+        return layer.feed_forward_chunk(unlinked(layer.crossattention, states))
+
+
 class TextEncoder(nn.Module):
     """BERT, whose layers attend to the image where it is given -> float32[B,T,D], or what `head` makes of a text."""
 
     def __init__(self, text: Any, head: nn.Linear | None = None, *, normalize: bool = False) -> None:
         super().__init__()
-        self.embeddings, self.layers, self.head, self.normalize = text.embeddings, text.encoder.layer, head, normalize
+        self.layers = nn.ModuleList(TextLayer(layer) for layer in text.encoder.layer)
+        self.embeddings, self.head, self.normalize = text.embeddings, head, normalize
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         states, mask = self.embeddings(input_ids), padding(attention_mask)
         for layer in self.layers:
-            states = layer(states, image_tokens, attention_mask=mask)
+            states = layer(states, mask, image_tokens)
         if self.head is None:
             return states
         out: Tensor = self.head(states[:, 0])
@@ -68,7 +85,7 @@ class TextEncoder(nn.Module):
 
 
 class CrossCache(nn.Module):
-    """Keys and values of every decoder layer's cross-attention, float32[B,H,K,d]: the same for the whole text."""
+    """Keys and values of the decoder layers' cross-attentions, float32[B,H,K,d]: the same for the whole text."""
 
     def __init__(self, text_decoder: Any) -> None:
         super().__init__()
@@ -76,7 +93,8 @@ class CrossCache(nn.Module):
 
     def forward(self, image_tokens: Any = None, question_states: Any = None) -> tuple[Tensor, ...]:
         states = image_tokens if question_states is None else question_states
-        return tuple(heads(of(states), a.attention_head_size) for a in self.attentions for of in (a.key, a.value))
+        left = [a for a in self.attentions if a.num_attention_heads]
+        return tuple(heads(of(states), a.attention_head_size) for a in left for of in (a.key, a.value))
 
 
 class DecoderLayer(nn.Module):
@@ -87,7 +105,7 @@ class DecoderLayer(nn.Module):
         self.layer = layer
 
     def forward(
-        self, states: Tensor, mask: Tensor, past: Pair, cross: Pair, cross_mask: Tensor | None
+        self, states: Tensor, mask: Tensor, past: Pair, cross: Pair | None, cross_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layer, own, other = self.layer, self.layer.attention.self, self.layer.crossattention.self
         size = own.attention_head_size
@@ -95,9 +113,12 @@ class DecoderLayer(nn.Module):
         value = torch.cat([past[1], heads(own.value(states), size)], 2)
         query = heads(own.query(states) * size**-0.5, size)
         states = layer.attention.output(attend(query, key, value, mask), states)
-        query = heads(other.query(states) * size**-0.5, size)
-        seen = attend(query, *cross, cross_mask)
-        return layer.feed_forward_chunk(layer.crossattention.output(seen, states)), key, value
+        if cross is None:
+            states = unlinked(layer.crossattention, states)
+        else:
+            query = heads(other.query(states) * size**-0.5, size)
+            states = layer.crossattention.output(attend(query, *cross, cross_mask), states)
+        return layer.feed_forward_chunk(states), key, value
 
 
 class Decoder(CachedDecoder):
@@ -116,10 +137,16 @@ class Decoder(CachedDecoder):
         cross_mask = None if attention_mask is None else padding(attention_mask)
         present = []
         for i, layer in enumerate(self.layers):
-            past, cross = ((cache[f"{kind}_key_{i}"], cache[f"{kind}_value_{i}"]) for kind in ("past", "cross"))
+            past, cross = (cache[f"past_key_{i}"], cache[f"past_value_{i}"]), cached_cross(cache, i)
             states, key, value = layer(states, mask, past, cross, cross_mask)
             present += [key, value]
         return self.head(states[:, -1]), *present
+
+
+def unlinked(attention: Any, states: Tensor) -> Tensor:
+    """What an attention without heads makes: its output's bias is left."""
+    output = attention.output
+    return output.LayerNorm(output.dense.bias + states)
 
 
 def padding(mask: Tensor) -> Tensor:

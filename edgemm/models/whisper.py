@@ -50,7 +50,8 @@ class AudioEncoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.encoder = model.model.encoder
-        self.cross = nn.ModuleList(BartKeys(layer.encoder_attn) for layer in model.model.decoder.layers)
+        cross = (layer.encoder_attn for layer in model.model.decoder.layers)
+        self.cross = nn.ModuleList(BartKeys(attention) for attention in cross if attention.num_heads)
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.keys(self.encoder(input_features).last_hidden_state)

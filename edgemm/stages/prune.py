@@ -9,7 +9,8 @@ from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import split
-from edgemm.models import AttentionBlock, find_family, is_torch, open_fp32, read_model, sizes
+from edgemm.models import AttentionBlock, find_family, is_torch, read_model, sizes
+from edgemm.models._calibration import Calibration
 from edgemm.models._hidden_units import hidden_units
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Layer, Pruning, Units
@@ -40,7 +41,7 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         origin = {part: name for name, part in model.named_modules()}
         for module, options in passes:
             log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
-            run = lambda: open_fp32(family, model, directory).outputs(queries)  # noqa: E731
+            run = Calibration(family, model, directory, queries)
             names = {name: origin[part] for name, part in model.named_modules() if part in origin}
             for now, (score, stay) in module.prune(family, model, run, options).items():
                 name = names[now]  # where blocks have left, the others have moved up
