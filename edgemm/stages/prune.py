@@ -59,6 +59,7 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
             parameters_after=size_after[0],
             macs_before=size_before[1],
             macs_after=size_after[1],
+            zero_weights=sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1),
         )
         (out / "pruning.json").write_text(report.model_dump_json(), encoding="utf-8")
 
