@@ -155,6 +155,8 @@ def check_plugins(recipe: Recipe) -> None:
         plugin("metrics", limit.use)
     for i, pass_ in enumerate(recipe.prune):
         options("pruners", pass_.use, pass_.values, f"{recipe.name}: prune.{i}")
+        if getattr(plugin("pruners", pass_.use), "LAST", False) and i < len(recipe.prune) - 1:
+            raise InputError(f"{recipe.name}: prune.{i}: {pass_.use} is not the last pass", fix="move it to the end")
     if recipe.quantize is not None:
         for component in ("", *recipe.quantize.components):
             options("quantizers", recipe.quantize.use, recipe.quantize.of(component), f"{recipe.name}: quantize")

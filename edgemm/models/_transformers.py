@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock
+from edgemm.models._blocks import stacks
 from edgemm.models._hidden_units import hidden_units
 from edgemm.models._processors import FILES
 
@@ -45,7 +46,8 @@ def load(
 ) -> Any:
     """`cls.from_pretrained` in FP32 and eval mode, from this disk alone, and strictly: every tensor in its place.
 
-    attentions  of the family; heads and units that an earlier pruning removed are removed before the weights are read
+    attentions  of the family; blocks, heads and units that an earlier pruning removed are removed before the weights
+                are read
     prepare     what is done to a model once it is built, e.g. folding weight norm into the weights
     unread      prefix of tensors that `prepare` takes away: the weights may have them or not
     options     for from_pretrained, e.g. attn_implementation="eager"
@@ -106,6 +108,8 @@ def _load_pruned(
     model = cls(config).eval()
     prepare(model)
     pruned = read_json(directory, PRUNED)
+    for stack in stacks(model):
+        stack.keep(list(range(pruned["blocks"][stack.name])))
     for block in attentions(model):
         if (heads := pruned["heads"].get(block.name)) is not None:
             block.keep(list(range(heads)))
@@ -123,13 +127,14 @@ def _load_pruned(
 
 
 def save(model: Any, directory: Path, source: Path, attentions: Callable[[Any], list[AttentionBlock]]) -> None:
-    """config.json, model.safetensors, the side files of `source`, and how many heads and units each layer has left."""
+    """config.json, model.safetensors, the side files of `source`, and how many blocks, heads and units are left."""
     model.save_pretrained(directory, save_original_format=False)  # old tensor names would not fit what is read below
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     heads = {b.name: b.heads for b in attentions(model) if b.q is not None}
-    left = {"heads": heads, "units": {h.name: h.units for h in hidden_units(model)}}
+    units, blocks = {h.name: h.units for h in hidden_units(model)}, {s.name: len(s.layers) for s in stacks(model)}
+    left = {"blocks": blocks, "heads": heads, "units": units}
     (directory / PRUNED).write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from transformers.models.bert.modeling_bert import BertAttention
 from edgemm.models import AttentionBlock, Component
 from edgemm.models import Tensor as Spec
 from edgemm.models._attentions import bert_attention
+from edgemm.models._blocks import stacks
 from edgemm.models._hidden_units import hidden_units
 from edgemm.reasoner.corpus import MEAN, STD
 from edgemm.reasoner.model import Attention, Reasoner, ReasonerConfig
@@ -21,10 +22,13 @@ from edgemm.runtime.preprocess import read_tokenizer
 
 
 def load(directory: Path) -> Reasoner:
-    """The model of config.json and model.safetensors (any float width), heads and hidden units as the config says."""
+    """The model of config.json and model.safetensors (any float width), blocks, heads and units as the config says."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
     model = Reasoner(ReasonerConfig.from_dict(config)).eval()
+    for stack in stacks(model):
+        if (blocks := config.get("blocks", {}).get(stack.name)) is not None:
+            stack.keep(list(range(blocks)))
     for block in attentions(model):
         if (heads := config.get("pruned_heads", {}).get(block.name)) is not None:
             block.keep(list(range(heads)))
@@ -40,7 +44,8 @@ def save(model: Reasoner, directory: Path, source: Path, *, half: bool = False) 
     """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
     directory.mkdir(parents=True, exist_ok=True)
     pruned = {b.name: b.heads for b in attentions(model) if b.heads != model.config.heads}
-    left = {"pruned_heads": pruned, "hidden_units": {h.name: h.units for h in hidden_units(model)}}
+    units, blocks = {h.name: h.units for h in hidden_units(model)}, {s.name: len(s.layers) for s in stacks(model)}
+    left = {"blocks": blocks, "pruned_heads": pruned, "hidden_units": units}
     config = {"model_type": "reasoner", **model.config.to_dict(), **left}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {n: t.half() if half and t.is_floating_point() else t for n, t in model.state_dict().items()}

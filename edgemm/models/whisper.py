@@ -50,7 +50,8 @@ class AudioEncoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.encoder = model.model.encoder
-        self.cross = nn.ModuleList(BartKeys(layer.encoder_attn) for layer in model.model.decoder.layers)
+        cross = (layer.encoder_attn for layer in model.model.decoder.layers)
+        self.cross = nn.ModuleList(BartKeys(attention) for attention in cross if attention.num_heads)
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.keys(self.encoder(input_features).last_hidden_state)
@@ -166,7 +167,7 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     limit = min(wanted, positions - len(prompt))
     return {
         "audio": audio_spec(model, directory),
-        "output": settings.generation(model.config.decoder_layers, prompt, limit),
+        "output": settings.generation(len(model.model.decoder.layers), prompt, limit),
     }
 
 

@@ -106,7 +106,9 @@ class FusionLayer(nn.Module):
         x = self.self_norm(text)
         text = text + self.self_attention(x, x, mask)
         x = self.cross_norm(text)
-        if text.shape[0] == image.shape[0]:
+        if not self.cross_attention.heads:
+            text = text + self.cross_attention.o_proj.bias
+        elif text.shape[0] == image.shape[0]:
             text = text + self.cross_attention(x, image)
         else:
             grouped = x.reshape(image.shape[0], -1, x.shape[-1])

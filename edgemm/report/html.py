@@ -106,6 +106,12 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
     )
 
 
+def save_links(layers: Sequence[Layer], file: Path) -> None:
+    """The picture of links that the page has, in a file; none of them removed."""
+    with style.context(["default", STYLE], after_reset=True):
+        links_figure(layers).savefig(file, dpi=150, metadata={"Software": None} if file.suffix == ".png" else None)
+
+
 def svg(figure: Figure, prefix: str, label: str) -> Markup:
     """`figure` as an <svg> element that reads `label` aloud; every id starts with `prefix`."""
     out = io.StringIO()

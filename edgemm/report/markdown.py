@@ -126,6 +126,9 @@ def pruning_summary(pruning: Pruning) -> list[Row]:
         ("MACs", pruning.macs_before, pruning.macs_after),
     ):
         rows.append(Row(name, measure(before / 1e6, "M"), measure(after / 1e6, "M"), relative(before, after)))
+    if pruning.zero_weights > 0.01 * pruning.parameters_after:  # a row of padding in a table is no finding
+        share = f"{100 * pruning.zero_weights / pruning.parameters_after:.1f} % of the parameters"
+        rows.append(Row("zero weights", "", measure(pruning.zero_weights / 1e6, "M"), share))
     return rows
 
 

@@ -129,7 +129,10 @@ class Units(Strict):
 
 
 class Pruning(Strict):
-    """What left the model. MACs are of one input at its largest size."""
+    """What left the model. MACs are of one input at its largest size.
+
+    zero_weights   of the parameters that stay: they are multiplied by as the others are, see `notes`
+    """
 
     layers: tuple[Layer, ...]
     hidden: tuple[Units, ...] = ()
@@ -137,6 +140,7 @@ class Pruning(Strict):
     parameters_after: int
     macs_before: int
     macs_after: int
+    zero_weights: int = 0
 
 
 class Trial(Strict):

@@ -9,7 +9,8 @@ from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import split
-from edgemm.models import AttentionBlock, find_family, is_torch, open_fp32, read_model, sizes
+from edgemm.models import AttentionBlock, find_family, is_torch, read_model, sizes
+from edgemm.models._calibration import Calibration
 from edgemm.models._hidden_units import hidden_units
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Layer, Pruning, Units
@@ -37,12 +38,15 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         queries = [s.query for s in calibration]
         kept = {name: list(range(n)) for name, n in ({b.name: b.heads for b in before} | hidden).items()}
         scores: dict[str, list[float]] = {}
+        origin = {part: name for name, part in model.named_modules()}
         for module, options in passes:
             log(f"prune {recipe.model}: {module.__name__.rpartition('.')[2]} {options.model_dump_json()}")
-            run = lambda: open_fp32(family, model, directory).outputs(queries)  # noqa: E731
-            changes = module.prune(family, model, run, options)
-            for name, (score, stay) in changes.items():
-                scores.setdefault(name, score)
+            run = Calibration(family, model, directory, queries)
+            names = {name: origin[part] for name, part in model.named_modules() if part in origin}
+            for now, (score, stay) in module.prune(family, model, run, options).items():
+                name = names[now]  # where blocks have left, the others have moved up
+                if score:
+                    scores.setdefault(name, score)
                 kept[name] = [kept[name][i] for i in stay]
         family.save(model, out / "model", directory)
         program = {**source.json("program.json"), **family.program(model, out / "model")}
@@ -55,6 +59,7 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
             parameters_after=size_after[0],
             macs_before=size_before[1],
             macs_after=size_after[1],
+            zero_weights=sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1),
         )
         (out / "pruning.json").write_text(report.model_dump_json(), encoding="utf-8")
 

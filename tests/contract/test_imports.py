@@ -45,6 +45,8 @@ NO_PLUGINS = {  # what stages call a file for, where they don't call each of its
 }
 SHARED = (
     "edgemm.models",
+    "edgemm.models._blocks",
+    "edgemm.models._calibration",
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
     "edgemm.data",

@@ -216,6 +216,16 @@ def test_html_shows_the_numbers() -> None:
     assert "fusion.layers.3.cross_attention 7 of 12" in text
 
 
+def test_html_lists_hidden_units() -> None:
+    row = target()
+    row["pruning"] = {
+        **row["pruning"],
+        "hidden": [{"name": "fusion.layers.0", "units_before": 768, "units_after": 192}],
+    }
+    page = html.render(report(row))
+    assert "fusion.layers.0</th>" in page and "768 → 192" in page and "25 %" in page
+
+
 def test_html_stands_alone() -> None:
     text = html.render(everything())
     assert "<script" not in text
