@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
 
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
@@ -31,7 +36,8 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         directory = source.path / "model"
         family = find_family(directory)
         model = read_model(family, directory)
-        before, size_before = family.attentions(model), sizes(family, model)
+        before = family.attentions(model)
+        size_before, keys_before = measured(family, model)
         hidden = {h.name: h.units for h in hidden_units(model)}
         calibration, _ = split(recipe, lambda: source.json("program.json"))
         queries = [s.query for s in calibration]
@@ -47,9 +53,12 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         family.save(model, out / "model", directory)
         program = {**source.json("program.json"), **family.program(model, out / "model")}
         (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
-        size_after = sizes(family, model)
+        size_after, keys_after = measured(family, model)
         report = Pruning(
-            layers=tuple(layer(b, scores.get(b.name), kept[b.name]) for b in before),
+            layers=tuple(
+                layer(b, scores.get(b.name), kept[b.name], keys_before.get(b.name), keys_after.get(b.name))
+                for b in before
+            ),
             hidden=tuple(Units(name=n, units_before=u, units_after=len(kept[n])) for n, u in hidden.items()),
             parameters_before=size_before[0],
             parameters_after=size_after[0],
@@ -72,7 +81,24 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
     )
 
 
-def layer(block: AttentionBlock, scores: list[float] | None, kept: list[int]) -> Layer:
+def measured(family: ModuleType, model: Any) -> tuple[tuple[int, int], dict[str, int]]:
+    """(parameters, multiply-adds) and how many keys each attention layer projects, of one input at its largest size."""
+    keys: dict[str, int] = {}
+
+    def see(name: str, _module: nn.Module, _inputs: object, projected: Tensor) -> None:
+        keys[name] = projected.shape[-2]
+
+    handles = [b.k.register_forward_hook(partial(see, b.name)) for b in family.attentions(model) if b.k]
+    try:
+        return sizes(family, model), keys
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer(
+    block: AttentionBlock, scores: list[float] | None, kept: list[int], keys_before: int | None, keys_after: int | None
+) -> Layer:
     """A row of the pruning report: one link a head, since a layer has one modality edge."""
     return Layer(
         name=block.name,
@@ -83,8 +109,8 @@ def layer(block: AttentionBlock, scores: list[float] | None, kept: list[int]) ->
         links_after=len(kept),
         heads_before=block.heads,
         heads_after=len(kept),
-        keys_before=block.heads * block.head_dim,
-        keys_after=len(kept) * block.head_dim,
+        keys_before=keys_before,
+        keys_after=keys_after,
         scores=None if scores is None else tuple(scores),
         kept=tuple(kept),
     )

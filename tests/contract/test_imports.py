@@ -47,6 +47,7 @@ SHARED = (
     "edgemm.models",
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
+    "edgemm.models._key_tokens",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 
