@@ -17,15 +17,20 @@ from edgemm.data import split
 from edgemm.models import AttentionBlock, find_family, is_torch, open_fp32, read_model, sizes
 from edgemm.models._hidden_units import hidden_units
 from edgemm.recipe import Recipe
+from edgemm.recovery import check, recover
 from edgemm.report.schema import Layer, Pruning, Units
 
 
 def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
     """Apply the recipe's pruners to the model of `source`; without any, or without torch modules, `source` itself.
 
+    With `recover` in the recipe, the pruned model then learns from `source`; InputError where it can't.
     The artifact holds model/, smaller, program.json, and pruning.json (report/schema.py: Pruning).
     """
-    if not recipe.prune or not is_torch(source.path / "model"):
+    torch_modules = is_torch(source.path / "model")
+    if recipe.recover:
+        check(recipe, source.json("program.json")["output"]["kind"], torch_modules)
+    if not recipe.prune or not torch_modules:
         return source
     passes = [
         (plugins.plugin("pruners", p.use), plugins.options("pruners", p.use, p.values, f"{recipe.name}: prune.{i}"))
@@ -67,7 +72,7 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         )
         (out / "pruning.json").write_text(report.model_dump_json(), encoding="utf-8")
 
-    return build(
+    pruned = build(
         "pruned",
         runs,
         parents=[source],
@@ -79,6 +84,7 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         tools=("torch", "transformers"),
         make=make,
     )
+    return recover(pruned, source, recipe, recipe.recover, runs) if recipe.recover else pruned
 
 
 def measured(family: ModuleType, model: Any) -> tuple[tuple[int, int], dict[str, int]]:
