@@ -106,6 +106,24 @@ class Train(Strict):
     model: dict[str, Any] = {}
 
 
+class Recover(Strict):
+    """A short distillation from the FP32 model after the passes of `prune`; see edgemm/recovery.py.
+
+    samples        at most so many of the train split;  held_back  share of them that judges, and is not learned
+    learning_rate  the largest of all `steps`;  batch  samples a step
+    every          steps from a judgement, and a checkpoint, to the next;  patience  so many without a better one end it
+    """
+
+    samples: int = Field(4096, ge=2)
+    held_back: float = Field(0.1, gt=0, le=0.5)
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(32, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    every: int = Field(100, ge=1)
+    patience: int = Field(5, ge=1)
+
+
 InputKind = Literal["image", "audio", "tokens", "mask", "tensor"]
 
 
@@ -125,6 +143,7 @@ class Recipe(Strict):
         None, description="of the float parts; null: the target's, which TensorRT keeps"
     )
     prune: tuple[Use, ...] = ()
+    recover: Recover | None = None
     export: Export = Export()
     quantize: Quantize | None = None
     verify: Verify = Verify()

@@ -4,6 +4,7 @@ load(directory) -> nn.Module            from config.json and the weights, in FP3
 save(model, directory, source)          config, weights and the other files of `source`; shapes may be pruned
 components(model) -> [Component]        graphs to export, in the order they run
 attentions(model) -> [AttentionBlock]   every attention layer; head pruning shrinks those with q, k, v, o
+token_layers(model) -> [TokenLayer]     where image tokens can leave (see _key_tokens.py); in some families
 program(model, directory) -> dict       pre- and post-processing as data, see edgemm/runtime/program.py
 
 Families whose weights are a transformers checkpoint share _transformers.py. Neurons of feed-forward blocks, and

@@ -118,6 +118,9 @@ def pruning_summary(pruning: Pruning) -> list[Row]:
             rows.append(
                 Row(name, f"{before} links, {heads_before} heads", f"{after} links, {heads_after} heads", change)
             )
+            before, after = sum(x.keys_before or 0 for x in layers), sum(x.keys_after or 0 for x in layers)
+            if before != after:
+                rows.append(Row(f"{name}, keys", f"{before} keys", f"{after} keys", relative(before, after)))
     if pruning.hidden:
         before, after = sum(x.units_before for x in pruning.hidden), sum(x.units_after for x in pruning.hidden)
         rows.append(Row("hidden units", f"{before} units", f"{after} units", relative(before, after)))

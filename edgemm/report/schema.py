@@ -103,7 +103,8 @@ class Layer(Strict):
     """One attention layer before and after pruning. A link is one head of the edge queries -> keys.
 
     scores   of each head before pruning, None when nothing was scored;  kept  the heads that stayed
-    keys     width of the key (and value) projection: heads x head_dim
+    keys     key positions that the layer projects, of one input at its largest size; within a link, one each. None
+             where q, k and v are one matrix
     """
 
     name: str
@@ -114,8 +115,8 @@ class Layer(Strict):
     links_after: int
     heads_before: int
     heads_after: int
-    keys_before: int
-    keys_after: int
+    keys_before: int | None
+    keys_after: int | None
     scores: tuple[float, ...] | None
     kept: tuple[int, ...]
 

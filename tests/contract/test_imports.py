@@ -49,6 +49,7 @@ SHARED = (
     "edgemm.models._calibration",
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
+    "edgemm.models._key_tokens",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 
@@ -128,8 +129,10 @@ def may_import(module: str, imported: str) -> bool:
         return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "device":
         return other in ("core", "runtime", own) or imported in SHARED
-    if own in ("stages", "recheck"):
+    if own in ("stages", "recheck", "recovery"):
         shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
+        if own == "stages" and other == "recovery":
+            return True
         return other in shared or imported in SHARED or imported == module
     if own in ("pipeline", "inspection", "device_report", "triton"):
         return other not in ("pipeline", "inspection", "device_report", "triton")
