@@ -147,7 +147,7 @@ class writing:  # in lower case as contextlib's: `with writing(path):`
             what = f"no space left on the disk of {self.where}"
         else:
             return
-        raise InputError(what, fix="free some space or choose another -o directory") from error
+        raise InputError(what, fix="free some space or choose another directory") from error
 
 
 def _is_full(where: Path, error: Exception) -> bool:
@@ -167,7 +167,9 @@ def locked(runs: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise InputError(f"another edgemm is working in {runs}", fix="wait for it, or choose another -o") from e
+            raise InputError(
+                f"another edgemm is working in {runs}", fix="wait for it, or choose another directory"
+            ) from e
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -124,6 +124,7 @@ class Recover(Strict):
     patience: int = Field(5, ge=1)
 
 
+Version = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # what JSON carries whole everywhere
 InputKind = Literal["image", "audio", "tokens", "mask", "tensor"]
 
 
@@ -136,6 +137,7 @@ class Recipe(Strict):
     model: str = "reasoner"
     data: str | None = None
     data_tolerance: float = Field(0.0, ge=0, lt=1, description="share of broken rows that is accepted")
+    version: Version = Field(1, description="of the bundle; a device refuses one that is not higher than it had")
     seed: int = Field(0, ge=0)
     calibration: int = Field(300, ge=1, description="at most so many samples of the train split for scores and ranges")
     inputs: dict[str, InputKind] = Field({}, description="kind of an ONNX input, by name, where it can't be read off")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from edgemm.errors import InputError
 from edgemm.models import Component, open_fp32
-from edgemm.runtime.session import Outputs, Query, Session
+from edgemm.runtime.query import Outputs, Query
+from edgemm.runtime.session import Session
 
 
 @dataclass(frozen=True, slots=True)

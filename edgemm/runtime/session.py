@@ -279,7 +279,10 @@ def open_directory(path: Path, **changes: Any) -> Session:
     return Session(files, {**json.loads(files["program.json"]), **changes}, str(path))
 
 
-def load_bundle(path: Path | str) -> Session:
-    """Check a bundle, every byte of it, and compile it for this device."""
-    bundle = read_bundle(Path(path))
+def load_bundle(path: Path | str, *, require_signature: Path | str | None = None) -> Session:
+    """Check a bundle, every byte of it, and compile it for this device.
+
+    require_signature  PEM file of the public key or certificates that it must be signed for; see signature.py
+    """
+    bundle = read_bundle(Path(path), None if require_signature is None else Path(require_signature))
     return Session(bundle.files, bundle.manifest["program"], str(path))

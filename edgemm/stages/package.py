@@ -16,6 +16,7 @@ from edgemm.data import Sample, split
 from edgemm.device.files import RUNNER, TRTEXEC, device_files
 from edgemm.levels import simulation
 from edgemm.recipe import Recipe
+from edgemm.report.bom import bill_of_materials
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
 from edgemm.runtime.query import Array
@@ -38,7 +39,7 @@ def package(
     """The bundle of a verified engine: model.edgemm in the artifact.
 
     Inside: the components, tokenizer.json, golden/ (inputs and expected outputs), check.npz (the FP32
-    model's outputs on the verification split, for `edgemm verify`), and manifest.json with the
+    model's outputs on the verification split, for `edgemm verify`), bom.cdx.json, and manifest.json with the
     program, the parity certificate and provenance. Format: runtime/bundle.py.
 
     Where the engine is built on the device, the bundle has what device/files.py lists instead of golden/ and
@@ -56,6 +57,7 @@ def package(
     provenance = {
         "engine": engine.digest,
         "source": source.digest,
+        "data": source.manifest.config["data"],
         "recipe": recipe.model_copy(update={"model": name, "data": data}).model_dump(mode="json", by_alias=True),
         "target": target.model_dump(mode="json", by_alias=True),
         "versions": {**source.manifest.versions, **engine.manifest.versions},
@@ -74,12 +76,14 @@ def package(
             for beside in BESIDE:
                 (out / Path(beside).name).write_bytes(files[beside])
         manifest = {
+            "version": recipe.version,
             "model": name,
             "target": target.name,
             "program": program,
             "certificate": certificate,
             "provenance": provenance,
         }
+        files["bom.cdx.json"] = bill_of_materials(manifest, files)
         (out / "model.edgemm").write_bytes(write_bundle(manifest, files))
 
     # Parents are what the bundle is made of, not the timed report: same verdict, same bytes.

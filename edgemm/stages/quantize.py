@@ -21,6 +21,7 @@ from edgemm.graph.correction import unbiased
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
+from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import open_directory
 from edgemm.target import Target
@@ -48,7 +49,8 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Art
         quantizer: Any = plugins.plugin("quantizers", use) if use else None
         program = graph.json("program.json")
         specs = {c["name"]: c for c in program["components"]}
-        logits = {program["output"]["decoder"]: program["output"]["logits"]} if "decoder" in program["output"] else {}
+        output = plugins.validate(Program, program, f"{graph.path}/program.json").output
+        logits = {output.decoder: output.logits} if isinstance(output, Generation) else {}
         ranged = {n for n in specs if use and quantizer.needs_samples(options[n])}
         samples = record(graph, recipe, set(specs) if tensorrt else ranged | set(logits))  # FP16 needs them, too
         tuned = []

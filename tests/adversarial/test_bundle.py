@@ -513,7 +513,7 @@ def test_listed_file_that_is_absent_is_named(tmp_path: Path) -> None:
 
 def test_file_that_is_not_listed_is_named(tmp_path: Path) -> None:
     assert "'payload.so'" in refuse(
-        write_archive([head_of(FILES), *sorted(FILES.items()), ("payload.so", b"x")]), tmp_path
+        write_archive([head_of(FILES), *sorted([*FILES.items(), ("payload.so", b"x")])]), tmp_path
     )
 
 

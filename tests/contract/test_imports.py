@@ -118,9 +118,9 @@ def may_import(module: str, imported: str) -> bool:
         return other in ("core", own)
     if own == "graph":
         return other in ("core", "graph")
-    if own in ("verdict", "parity"):
+    if own == "verdict":
         return other in ("core", "report", "verdict")
-    if own == "levels":
+    if own in ("levels", "parity"):
         return other in ("core", "report", "runtime", "verdict")
     if own == "reasoner":
         return other in ("core", own) or imported == "edgemm.data"
