@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport
+from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport, Tuned
 
 NOT_MEASURED = "not measured"
 ENGINE_HEAD = ("engine", "INT8 products", "fused attention", "nodes in FP32", "layers")
@@ -44,6 +44,8 @@ def section(target: TargetReport) -> list[str]:
         lines += table(("", "before", "after", "change"), rows, numbers=(1, 2, 3))
     else:
         lines += [NOT_MEASURED, ""]
+    if target.tuning:
+        lines += ["### INT8", "", *table(TUNED_HEAD, map(tuned_cells, target.tuning), numbers=(1, 2))]
     if target.level:
         lines += [f"### Level {target.level}", "", plain(target.established), ""]
     if target.layers:
@@ -51,6 +53,16 @@ def section(target: TargetReport) -> list[str]:
     if target.notes:
         lines += ["### Notes", "", *(f"- {plain(note)}" for note in target.notes), ""]
     return [*lines, f"Bundle: {plain(bundle_line(target))}", ""]
+
+
+TUNED_HEAD = ("component", "SQNR, dB", "asked", "SmoothQuant", "ranges", "in float")
+
+
+def tuned_cells(found: Tuned) -> tuple[str, ...]:
+    """What the search for INT8 chose for a component."""
+    smooth = "off" if found.smooth_quant < 0 else f"{found.smooth_quant:g}"
+    floats = ", ".join(found.keep_float) or "nothing"
+    return found.component, f"{found.sqnr_db:.1f}", f"{found.wanted_db:.1f}", smooth, found.ranges, floats
 
 
 def headline(target: TargetReport) -> str:

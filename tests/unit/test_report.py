@@ -227,6 +227,24 @@ def test_html_lists_hidden_units() -> None:
     assert "fusion.layers.0</th>" in page and "768 → 192" in page and "25 %" in page
 
 
+def test_both_reports_say_what_the_search_for_int8_chose() -> None:
+    found = {
+        "component": "text_encoder",
+        "wanted_db": 30,
+        "sqnr_db": 31.25,
+        "smooth_quant": -1,
+        "ranges": "histogram",
+        "keep_float": ["node_7"],
+        "trials": [{"smooth_quant": -1, "ranges": "histogram", "sqnr_db": 28}],
+        "sensitivity": [{"name": "node_7", "gain_db": 3.5}, {"name": "node_9", "gain_db": 0.1}],
+    }
+    made = report(target(tuning=[found]))
+    assert "| text_encoder | 31.2 | 30.0 | off | histogram | node_7 |" in markdown.render(made).replace("\\", "")
+    page = html.render(made)
+    assert "Most sensitive to INT8: text_encoder node_7 3.50 dB, text_encoder node_9 0.10 dB" in page
+    assert "Sensitivity to INT8" not in html.render(report(target()))
+
+
 def test_html_stands_alone() -> None:
     text = html.render(everything())
     assert "<script" not in text
