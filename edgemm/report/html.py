@@ -108,10 +108,7 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
         Picture("Latency", markdown.timing_note(target), latency),
         Picture("Size and memory", "Compiled components on disk; peak resident memory of a fresh process.", bars),
         Picture("Attention links", "One cell a head, darker = higher score. Crossed and hatched: removed.", links),
-        *(
-            [Picture("Sensitivity to INT8", "What outputs gain when a product is not rounded.", sensitivity)]
-            * bool(rows)
-        ),
+        *(found if rows else ()),
     )
 
 
