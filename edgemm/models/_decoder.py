@@ -4,6 +4,7 @@ The tensors of a decoder of text, T new tokens after P in the cache (see program
     decoder_input_ids, position_ids int64[B,T], decoder_attention_mask int64[B,P+T], logits float32[B,V]
     past_key_i, past_value_i float32[B,H,P,d], present_key_i, present_value_i float32[B,H,P+T,d]  of layer i
     cross_key_i, cross_value_i float32[B,H,K,d]  keys and values of the cross-attention, which the encoder makes
+    cross_bias float32[B,1,1,K]  what is added to the scores of those keys, where they do not count alike
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class CachedDecoder(nn.Module):
     """A whole decoder as one graph.
 
     embed   module: ids, positions int64[B,T] -> float32[B,T,D]
-    layers  modules: states, added mask, past (key, value), cross (key, value) or None -> states, key, value
+    layers  modules: states, added mask, past (key, value), cross (key, value) or None, what is added to the scores of
+            cross or None -> states, key, value
     head    module: states of one token [B,D] -> logits [B,V]
     inputs  names of the inputs, in order
     """
@@ -166,7 +168,7 @@ class CachedDecoder(nn.Module):
         present = []
         for i, layer in enumerate(self.layers):
             past = cache[f"past_key_{i}"], cache[f"past_value_{i}"]
-            states, key, value = layer(states, mask, past, cached_cross(cache, i))
+            states, key, value = layer(states, mask, past, cached_cross(cache, i), cache.get("cross_bias"))
             present += [key, value]
         return self.head(states[:, -1]), *present
 
@@ -243,7 +245,7 @@ class BartLayer(nn.Module):
         self.layer, self.normalize_first = layer, normalize_first
 
     def forward(
-        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair | None
+        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair | None, cross_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer = self.layer
 
@@ -266,7 +268,7 @@ class BartLayer(nn.Module):
             states = states + other.out_proj.bias
         else:
             x = before(layer.encoder_attn_layer_norm, states)
-            states = states + other.out_proj(attend(query(other, x), *cross, None))
+            states = states + other.out_proj(attend(query(other, x), *cross, cross_mask))
         states = after(layer.encoder_attn_layer_norm, states)
         x = before(layer.final_layer_norm, states)
         states = states + layer.fc2(layer.activation_fn(layer.fc1(x)))

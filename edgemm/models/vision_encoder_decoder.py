@@ -109,7 +109,7 @@ class GPT2Layer(nn.Module):
         self.block = block
 
     def forward(
-        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair | None
+        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair | None, cross_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block, own, other = self.block, self.block.attn, self.block.crossattention
         query, key, value = (heads(x, own.head_dim) for x in own.c_attn(block.ln_1(states)).chunk(3, -1))
@@ -117,7 +117,7 @@ class GPT2Layer(nn.Module):
         states = states + own.c_proj(attend(query * own.scaling, key, value, mask))
         query = heads(other.q_attn(block.ln_cross_attn(states)), other.head_dim)
         assert cross  # q, k and v of GPT-2 are one matrix: its heads stay
-        states = states + other.c_proj(attend(query * other.scaling, *cross, None))
+        states = states + other.c_proj(attend(query * other.scaling, *cross, cross_mask))
         return states + block.mlp(block.ln_2(states)), key, value
 
 
