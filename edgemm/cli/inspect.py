@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,9 @@ from edgemm import console
 
 def command(
     model: Annotated[str, typer.Argument(help="What compress takes, or an .edgemm file.")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Hold a bundle to each rule of its format instead; exit 2 if one breaks.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Components with inputs and outputs; parameters, MACs and attention layers of a model; a bundle's certificate.
@@ -18,6 +22,18 @@ def command(
     The kind of an attention layer is self, cross or merged; queries -> keys are the modalities that it links.
     """
     from edgemm.inspection import inspect
+
+    if strict:
+        from edgemm.conformance import conformance, raise_broken
+
+        rules = conformance(model)
+        if json:
+            console.result_json({"rules": [asdict(rule) for rule in rules]})
+        else:
+            rows = ((r.name, r.level, "yes" if r.kept else "no", r.detail) for r in rules)
+            console.table(model, ("rule", "level", "kept", "detail"), rows)
+        raise_broken(rules, model)
+        return
 
     found = inspect(model)
     if json:
