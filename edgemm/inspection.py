@@ -13,6 +13,7 @@ from edgemm import artifact, plugins
 from edgemm.errors import InputError, ToolchainError
 from edgemm.plugins import validate
 from edgemm.recipe import Recipe
+from edgemm.report.schema import Certificate
 from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Session
@@ -43,8 +44,15 @@ def inspect(model: str) -> dict[str, Any]:
     if is_bundle(model):
         bundle = read_bundle(Path(model))
         manifest = bundle.manifest
-        listed = [{k: c[k] for k in ("name", "inputs", "outputs")} for c in manifest["program"]["components"]]
-        return {"components": listed, "sha256": bundle.sha256, **{k: manifest[k] for k in ("certificate", "files")}}
+        program = validate(Program, manifest["program"], f"{model}: program").model_dump(mode="json")
+        certificate = validate(Certificate, manifest["certificate"], f"{model}: certificate")
+        return {
+            "components": [{k: c[k] for k in ("name", "inputs", "outputs")} for c in program["components"]],
+            "version": bundle.version,
+            "sha256": bundle.sha256,
+            "certificate": certificate.model_dump(mode="json", exclude_unset=True),
+            "files": manifest["files"],
+        }
     from edgemm.models import find_family, is_torch, read_model, resolve, sizes, whole_program
     from edgemm.models._hidden_units import hidden_units
 

@@ -42,7 +42,7 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     report = TargetReport.model_validate({**verified.json("target.json"), "tuning": tuned})
     if report.verdict not in ("PASS", "UNVERIFIED"):
         return report, None  # what is not proven is not packed
-    return report, package(verified, engine, graph, source, recipe, target, runs)  # one .edgemm file
+    return report, package(verified, engine, quantized, graph, source, recipe, target, runs)  # one .edgemm file
 
 
 def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: bool = False) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -25,6 +26,9 @@ def command(
     plot: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="With --links: draw the map into this .png or .svg file.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Hold a bundle to each rule of its format instead; exit 2 if one breaks.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Components with inputs and outputs; parameters, MACs and attention layers of a model; a bundle's certificate.
@@ -48,6 +52,18 @@ def command(
         return
     if data or plot:
         raise InputError(f"{'--data' if data else '--plot'} is about links", fix="give --links too")
+    if strict:
+        from edgemm.conformance import conformance, raise_broken
+
+        rules = conformance(model)
+        if json:
+            console.result_json({"rules": [asdict(rule) for rule in rules]})
+        else:
+            rows = ((r.name, r.level, "yes" if r.kept else "no", r.detail) for r in rules)
+            console.table(model, ("rule", "level", "kept", "detail"), rows)
+        raise_broken(rules, model)
+        return
+
     found = inspect(model)
     if json:
         console.result_json(found)

@@ -14,6 +14,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from edgemm.artifact import canonical
 
@@ -42,7 +43,7 @@ def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -
     ]
     tools = [
         {"type": "library", "bom-ref": f"tool:{name}", "name": name, "version": version}
-        | ({} if name == "edgemm" else {"purl": f"pkg:pypi/{name}@{version}"})
+        | ({} if name == "edgemm" else {"purl": f"pkg:pypi/{name}@{quote(version)}"})
         for name, version in sorted(provenance["versions"].items())
         if version != "absent"
     ]

@@ -235,6 +235,15 @@ class TargetReport(Strict):
     notes: tuple[str, ...] = ()
 
 
+class Certificate(Strict):
+    """What a bundle says was proven of it; nothing that failed is packed."""
+
+    verdict: Literal["PASS", "UNVERIFIED"]
+    accuracy: tuple[Accuracy, ...]
+    level: Level | None = None
+    established: str = ""
+
+
 class Report(Strict):
     schema_: Literal[1] = Field(1, alias="schema")
     model: str

@@ -56,6 +56,7 @@ def install(bundle: Path, root: Path, require_signature: Path | None = None, *, 
     """
     checked = read_bundle(bundle, require_signature)
     with locked(root), writing(root):
+        sync_directory(root.resolve().parent)
         slot, current = _slot(root), _current(root)
         highest = max(_recorded(root, force), current.version if current else 0)
         is_current = current is not None and current.sha256 == checked.sha256

@@ -30,6 +30,7 @@ BESIDE = (RUNNER, TRTEXEC)
 def package(
     verified: Artifact,
     engine: Artifact,
+    quantized: Artifact,
     graph: Artifact,
     source: Artifact,
     recipe: Recipe,
@@ -45,7 +46,7 @@ def package(
     Where the engine is built on the device, the bundle has what device/files.py lists instead of golden/ and
     check.npz, and the artifact also has the files of it that are to lie beside the bundle.
 
-    graph   the FP32 graphs that the engine was made of
+    quantized, graph   the graphs that the engine was compiled from, and the FP32 ones behind them
     """
     # Names, not paths: where model and data lay is nobody's business on the device.
     name, data = Path(recipe.model).name, Path(recipe.data or "").name
@@ -60,7 +61,7 @@ def package(
         "data": source.manifest.config["data"],
         "recipe": recipe.model_copy(update={"model": name, "data": data}).model_dump(mode="json", by_alias=True),
         "target": target.model_dump(mode="json", by_alias=True),
-        "versions": {**source.manifest.versions, **engine.manifest.versions},
+        "versions": {k: v for a in (source, graph, quantized, engine) for k, v in a.manifest.versions.items()},
     }
 
     def make(out: Path) -> None:
