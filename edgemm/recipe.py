@@ -111,6 +111,7 @@ class Recover(Strict):
 
     samples        at most so many of the train split;  held_back  share of them that judges, and is not learned
     learning_rate  the largest of all `steps`;  batch  samples a step
+    features       weight of what layers read, beside that of the answers, which is 1
     every          steps from a judgement, and a checkpoint, to the next;  patience  so many without a better one end it
     """
 
@@ -120,6 +121,7 @@ class Recover(Strict):
     batch: int = Field(32, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    features: float = Field(1.0, ge=0)
     every: int = Field(100, ge=1)
     patience: int = Field(5, ge=1)
 

@@ -1,6 +1,7 @@
 """Recovery: a pruned model learns again what the FP32 model says, by a short distillation on the train split.
 
-It learns the FP32 model's answers and not the labels, so that it needs none (Hinton et al. 2015, arXiv 1503.02531). A
+It learns the FP32 model's answers and not the labels, so that it needs none (Hinton et al. 2015, arXiv 1503.02531), and
+what each layer reads on the way there (TinyBERT; Jiao et al. 2020, arXiv 1909.10351), which a small set can teach. A
 module beside the stages: it is a part of pruning, with an artifact of its own, so that other settings of `recover` find
 the pruned model in the cache. The student is its family's components, joined by the names of their tensors; it learns
 as it will run, without dropout and with the statistics of its batch norms as they are.
@@ -13,7 +14,9 @@ import os
 import random
 import shutil
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,8 @@ from edgemm.artifact import Artifact, build, canonical, sha256_text, source_dige
 from edgemm.console import log, progress
 from edgemm.data import Sample, digest, is_random, split
 from edgemm.errors import InputError
-from edgemm.models import Component, find_family, open_fp32, read_model
+from edgemm.models import find_family, open_fp32, read_model
+from edgemm.models._hidden_units import hidden_units
 from edgemm.recipe import Recipe, Recover
 from edgemm.runtime.session import Session
 
@@ -65,10 +69,10 @@ def recover(pruned: Artifact, source: Artifact, recipe: Recipe, options: Recover
         family = find_family(pruned.path / "model")
         student = read_model(family, pruned.path / "model")
         teacher = read_model(family, source.path / "model")
-        log(f"recover {recipe.model}: FP32 outputs on {len(samples)} samples of the train split")
         session = open_fp32(family, teacher, source.path / "model")
-        targets = session.outputs([s.query for s in samples])
-        _Lesson(session, samples, targets, options, recipe.seed).teach(student, family.components(student), checkpoint)
+        lesson = _Lesson(session, samples, options, recipe.seed)
+        log(f"recover {recipe.model}: {options.model_dump_json()}, {len(samples)} samples of {recipe.data}")
+        lesson.teach(Watched(family, student), Watched(family, teacher), checkpoint)
         family.save(student, out / "model", pruned.path / "model")
         for name in ("program.json", "pruning.json"):
             shutil.copyfile(pruned.path / name, out / name)
@@ -78,15 +82,39 @@ def recover(pruned: Artifact, source: Artifact, recipe: Recipe, options: Recover
     return made
 
 
-class _Lesson:
-    """Samples, what the FP32 model says of them, and the order in which they are learned."""
+class Watched:
+    """A model as its components in a row, and what each of its blocks reads while they run.
 
-    def __init__(
-        self, session: Session, samples: list[Sample], targets: dict[str, Any], options: Recover, seed: int
-    ) -> None:
+    Blocks are attention layers and pairs of layers with hidden units: what they read keeps its width when they shrink.
+    """
+
+    def __init__(self, family: ModuleType, model: nn.Module) -> None:
+        self.model, self.components = model, family.components(model)
+        self.read: Tensors = {}
+        blocks = {b.name: b.q for b in family.attentions(model) if b.q} | {h.name: h.makes for h in hidden_units(model)}
+        for name, layer in blocks.items():
+            layer.register_forward_pre_hook(partial(self._see, name))
+
+    def _see(self, name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.read[name] = inputs[0]
+
+    def run(self, given: Tensors) -> tuple[Tensors, Tensors]:
+        """(what the components make of `given`, what passed between and inside them), by name."""
+        made: Tensors = {}
+        for component in self.components:
+            known = given | made
+            if all(port.name in known for port in component.inputs):
+                out = component.module(**{port.name: known[port.name] for port in component.inputs})
+                parts = out if isinstance(out, tuple) else (out,)
+                made |= {port.name: x for port, x in zip(component.outputs, parts, strict=True)}
+        return made, made | self.read
+
+
+class _Lesson:
+    """Samples, and the order in which they are learned."""
+
+    def __init__(self, session: Session, samples: list[Sample], options: Recover, seed: int) -> None:
         self.session, self.samples, self.options, self.seed = session, samples, options, seed
-        self.output = session.output
-        self.targets = {n: torch.from_numpy(v) for n, v in targets.items() if v.dtype.kind == "f"}
         groups = sorted({s.group for s in samples})
         random.Random(f"{seed} held back").shuffle(groups)
         self.held_back = set(groups[: max(1, round(options.held_back * len(groups)))])
@@ -107,37 +135,47 @@ class _Lesson:
         order.shuffle(found)
         return found
 
-    def loss(self, components: list[Component], batch: list[int]) -> Tensor:
+    def given(self, batch: list[int]) -> Tensors:
         rows = [self.session.tensors(self.samples[i].query) for i in batch]
-        known = {name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]}
-        for component in components:
-            assert isinstance(component.module, nn.Module)
-            if all(port.name in known for port in component.inputs):
-                made = component.module(**{port.name: known[port.name] for port in component.inputs})
-                parts = made if isinstance(made, tuple) else (made,)
-                known |= {port.name: x for port, x in zip(component.outputs, parts, strict=True)}
-        return distance(known, {name: x[batch] for name, x in self.targets.items()}, self.output)
+        return {name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]}
+
+    def loss(self, student: Watched, teacher: Watched, batch: list[int]) -> Tensor:
+        """How far the answers are from FP32's, and the way to them, weighed by `features`."""
+        given = self.given(batch)
+        with torch.no_grad():
+            wanted, way = teacher.run(given)
+        made, own_way = student.run(given)
+        errors = [
+            (own_way[name] - x).square().mean() / x.square().mean()
+            for name, x in way.items()
+            if x.is_floating_point() and own_way[name].shape == x.shape
+        ]
+        return distance(made, wanted, self.session.output) + self.options.features * torch.stack(errors).mean()
 
     @torch.inference_mode()
-    def judge(self, components: list[Component]) -> float:
-        """Mean loss on the samples held back."""
-        batches = self.batches(True, random.Random(0))
-        total = sum(self.loss(components, batch).item() * len(batch) for batch in batches)
-        return total / sum(map(len, batches))
+    def judge(self, student: Watched, teacher: Watched) -> float:
+        """Mean distance of the answers to the samples held back."""
+        total, count = 0.0, 0
+        for batch in self.batches(True, random.Random(0)):
+            given = self.given(batch)
+            made, wanted = student.run(given)[0], teacher.run(given)[0]
+            total += distance(made, wanted, self.session.output).item() * len(batch)
+            count += len(batch)
+        return total / count
 
-    def teach(self, student: nn.Module, components: list[Component], checkpoint: Path) -> None:
+    def teach(self, student: Watched, teacher: Watched, checkpoint: Path) -> None:
         """Up to `steps` of AdamW; the student ends as it was when those held back liked it best."""
-        options = self.options
+        options, model = self.options, student.model
         optimizer = torch.optim.AdamW(
-            student.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
+            model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
         )
         if checkpoint.is_file():
             state = torch.load(checkpoint, weights_only=True)
-            student.load_state_dict(state["student"])
+            model.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
             log(f"recover goes on at step {state['step']}")
         else:
-            state = {"step": 0, "best": copied(student), "loss": self.judge(components), "waited": 0}
+            state = {"step": 0, "best": copied(model), "loss": self.judge(student, teacher), "waited": 0}
             log(f"recover step 0/{options.steps}: loss {state['loss']:.5f} on samples held back")
         batches = self.order()
         for step in progress(range(state["step"], options.steps), "recover"):
@@ -145,20 +183,20 @@ class _Lesson:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * rate(step, options.steps)
-            self.loss(components, batches[step]).backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            self.loss(student, teacher, batches[step]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % options.every == 0 or step + 1 == options.steps:
-                loss = self.judge(components)
+                loss = self.judge(student, teacher)
                 log(f"recover step {step + 1}/{options.steps}: loss {loss:.5f} on samples held back")
                 better = loss < state["loss"]
                 state["waited"] = 0 if better else state["waited"] + 1
                 if better:
-                    state |= {"best": copied(student), "loss": loss}
+                    state |= {"best": copied(model), "loss": loss}
                 state["step"] = step + 1
-                write({**state, "student": student.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
-        student.load_state_dict(state["best"])
+                write({**state, "student": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
+        model.load_state_dict(state["best"])
 
     def order(self) -> list[list[int]]:
         """The batch of each step, by seed and epoch alone: what a resumed run meets, too."""
@@ -170,29 +208,28 @@ class _Lesson:
         return found
 
 
-def distance(made: Tensors, targets: Tensors, output: dict[str, Any]) -> Tensor:
+def distance(made: Tensors, wanted: Tensors, output: dict[str, Any]) -> Tensor:
     """Mean over a batch of how far what the student made is from what the FP32 model made, by the kind of output.
 
     labels      KL divergence of the answers' probabilities, or their cross-entropy where each is one of yes and no
     embeddings  1 - cosine, mean over the modalities;  features  squared error / mean square of the FP32 model's
     """
     if output["kind"] == "labels":
-        student, teacher = made[output["tensor"]], targets["logits"]
+        student, teacher = made[output["tensor"]], wanted[output["tensor"]]
         if output["activation"] == "sigmoid":
             return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
         return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
-    losses = []
-    for name, teacher in targets.items():
-        if output["kind"] == "embeddings":
-            losses.append(1 - F.cosine_similarity(made[output["tensors"][name]], teacher, dim=-1).mean())
-            continue
-        if made[name].shape != teacher.shape:
+    if output["kind"] == "embeddings":
+        names = output["tensors"].values()
+        return torch.stack([1 - F.cosine_similarity(made[n], wanted[n], dim=-1).mean() for n in names]).mean()
+    for name in output["tensors"]:
+        if made[name].shape != wanted[name].shape:
             raise InputError(
-                f"recover: {name} has {list(made[name].shape)} values where FP32's has {list(teacher.shape)}",
+                f"recover: {name} has shape {list(made[name].shape)} where FP32's has {list(wanted[name].shape)}",
                 fix="leave out key_tokens, or recover",
             )
-        losses.append((made[name] - teacher).square().mean() / teacher.square().mean())
-    return torch.stack(losses).mean()
+    errors = [(made[n] - wanted[n]).square().mean() / wanted[n].square().mean() for n in output["tensors"]]
+    return torch.stack(errors).mean()
 
 
 def rate(step: int, steps: int) -> float:
@@ -200,8 +237,8 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def copied(student: nn.Module) -> Tensors:
-    return {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+def copied(model: nn.Module) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def write(state: dict[str, Any], checkpoint: Path) -> None:

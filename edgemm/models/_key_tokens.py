@@ -20,23 +20,37 @@ from edgemm.models import AttentionBlock
 
 
 class KeyTokens(nn.Module):
-    """`keep` tokens for all of them. Without weights: it reads with the q and k of the layer that it stands before.
+    """`keep` tokens for all of them, by `heads` of `size` that look from `width` values.
 
+    q, k    a copy of the layer's when it was attached: heads that leave the layer later still choose, and quantizers
+            find the weights of each product at one place. Nothing is learned here: a choice has no gradient
     merge   each token that goes is averaged into the one that stays and is most like it (as ToMe does, arXiv
             2210.09461, which pairs them off); without it they are dropped
     """
 
-    def __init__(self, attention: AttentionBlock, keep: int, *, merge: bool) -> None:
+    def __init__(self, *, keep: int, merge: bool, heads: int, size: int, width: int, bias: bool) -> None:
         super().__init__()
-        self.attention, self.keep, self.merge = attention, keep, merge
+        self.spec = {"keep": keep, "merge": merge, "heads": heads, "size": size, "width": width, "bias": bias}
+        self.keep, self.merge = keep, merge
+        self.q = nn.Linear(width, heads * size, bias=bias).requires_grad_(requires_grad=False)
+        self.k = nn.Parameter(torch.empty(heads, size, width), requires_grad=False)
+
+    @classmethod
+    def of(cls, attention: AttentionBlock, keep: int, *, merge: bool) -> KeyTokens:
+        """What chooses as `attention` attends now."""
+        q, k, *_ = attention.linears
+        shape = {"heads": attention.heads, "size": attention.head_dim, "width": q.in_features}
+        made = cls(keep=keep, merge=merge, bias=q.bias is not None, **shape)
+        made.q.load_state_dict(q.state_dict())
+        made.k.data.copy_(k.weight.detach().view_as(made.k))
+        return made.eval()
 
     def forward(
         self, queries: Tensor, keys: Tensor, weight: Tensor | None = None, tokens: Tensor | None = None
     ) -> Tensor:
         """queries [B,T,D], keys [B,P,D], weight of each query [B,T], tokens [B,P,D] that leave, or keys -> [B,K,D]."""
         tokens = keys if tokens is None else tokens
-        received = self.received(queries, keys, weight)
-        chosen = take(tokens, received.topk(self.keep).indices)
+        chosen = take(tokens, self.received(queries, keys, weight).topk(self.keep).indices)
         if not self.merge:
             return chosen
         likeness = F.normalize(tokens, dim=-1) @ F.normalize(chosen, dim=-1).transpose(1, 2)
@@ -50,18 +64,13 @@ class KeyTokens(nn.Module):
         Queries go through the projection of the keys, and not P keys through it. Its bias adds the same to all
         scores of a query, which softmax does not see.
         """
-        q, k, *_ = self.attention.linears
-        heads, size = q.out_features // self.attention.head_dim, self.attention.head_dim
-        split = q(queries).unflatten(-1, (heads, size)).transpose(1, 2)
-        scores = (split @ k.weight.unflatten(0, (heads, size))).flatten(1, 2) @ keys.transpose(1, 2)
+        heads, size, _ = self.k.shape
+        split = self.q(queries).unflatten(-1, (heads, size)).transpose(1, 2)
+        scores = (split @ self.k).flatten(1, 2) @ keys.transpose(1, 2)
         paid = (scores * size**-0.5).softmax(-1)
         if weight is not None:
             paid = paid * weight.repeat(1, heads)[..., None]
         return paid.sum(1)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        return {"keep": self.keep, "merge": self.merge}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,7 @@ def restore(layers: list[TokenLayer], found: dict[str, dict[str, Any]]) -> None:
     """Attach what `specs` said."""
     for layer in layers:
         if (spec := found.get(layer.name)) is not None:
-            layer.attach(KeyTokens(layer.attention, int(spec["keep"]), merge=bool(spec["merge"])))
+            layer.attach(KeyTokens(**spec).eval())
 
 
 def left(layers: list[TokenLayer]) -> int:

@@ -1,7 +1,8 @@
 """Top-K sparse attention: from one layer on, only the image tokens stay that its queries look at most.
 
 Which ones is decided for each input, by the question or the class token; how many is fixed. They leave before keys and
-values are projected, and everything after the layer is as much smaller.
+values are projected, and everything after the layer is as much smaller. Passes for heads that come later do not change
+the choice, and those that came before have made it cheaper.
 """
 
 from __future__ import annotations
@@ -50,5 +51,5 @@ def prune(family: ModuleType, model: Any, run: Callable[[], object], options: Op
         raise InputError(
             f"key_tokens: keep = {options.keep}: only {there} tokens reach {layer.name}", fix=f"keep at most {there}"
         )
-    layer.attach(KeyTokens(layer.attention, options.keep, merge=options.merge))
+    layer.attach(KeyTokens.of(layer.attention, options.keep, merge=options.merge))
     return {}

@@ -89,8 +89,8 @@ def test_the_tokens_that_stay_get_most_attention() -> None:
     rng = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 3, 32, generator=rng), torch.randn(2, 9, 32, generator=rng)
     weight = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-    chosen = KeyTokens(block, 4, merge=False)(queries, keys, weight)
-    merged = KeyTokens(block, 4, merge=True)(queries, keys, weight)
+    chosen = KeyTokens.of(block, 4, merge=False)(queries, keys, weight)
+    merged = KeyTokens.of(block, 4, merge=True)(queries, keys, weight)
     for i in range(2):
         received = loop(queries[i], keys[i], block, weight[i].tolist())
         best = sorted(range(9), key=lambda key: -received[key])[:4]
@@ -103,13 +103,17 @@ def test_the_tokens_that_stay_get_most_attention() -> None:
 
 
 @torch.inference_mode()
-def test_pruned_heads_choose_as_they_attend() -> None:
+def test_heads_that_left_before_do_not_choose_and_those_that_leave_later_do() -> None:
     model = tiny()
-    attention_heads.prune(reasoner, model, lambda: None, attention_heads.Options(keep=0.4))
-    block = next(b for b in reasoner.attentions(model) if b.kind == "cross")
+    heads = attention_heads.Options(keep=0.4)
     queries, keys = torch.randn(1, 3, 32), torch.randn(1, 9, 32)
-    received = KeyTokens(block, 2, merge=False).received(queries, keys, None)[0]
-    assert received.tolist() == pytest.approx(loop(queries[0], keys[0], block, [1.0] * 3), rel=1e-4)
+    for kept_heads in (4, 2):
+        block = next(b for b in reasoner.attentions(model) if b.kind == "cross")
+        expected = loop(queries[0], keys[0], block, [1.0] * 3)
+        kept = KeyTokens.of(block, 2, merge=False)
+        attention_heads.prune(reasoner, model, lambda: None, heads)
+        assert kept.k.shape[0] == kept_heads == block.heads
+        assert kept.received(queries, keys, None)[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -124,7 +128,9 @@ def test_it_is_saved_exported_and_counted(loaded: tuple[ModuleType, Any, Path], 
     family.save(model, tmp_path / "model", source)
     again = read_model(family, tmp_path / "model")
     assert torch.equal(out(family, again), expected)
-    assert [x.kept.spec if x.kept else None for x in family.token_layers(again)] == [None, {"keep": 5, "merge": merge}]
+    first, second = family.token_layers(again)
+    assert first.kept is None
+    assert (second.kept.keep, second.kept.merge) == (5, merge)
 
     part = component(family, again)
     path = tmp_path / f"{part.name}.onnx"
@@ -188,9 +194,11 @@ def test_family_without_the_choice_is_refused(directories: dict[str, Path]) -> N
         cut(family, read_model(family, directories["bert"]), keep=1)
 
 
-def test_training_of_a_pruned_model_reaches_what_chooses_too() -> None:
+def test_what_looks_at_the_tokens_learns_and_what_chooses_them_does_not() -> None:
     model: Reasoner = tiny()
     cut(reasoner, model, keep=3)
     part = component(reasoner, model)
     part.module(**part.example(2)).square().sum().backward()
-    assert model.fusion.layers[0].cross_attention.v_proj.weight.grad.abs().max() > 0
+    layer = model.fusion.layers[0]
+    assert layer.cross_attention.v_proj.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in layer.key_tokens.parameters())
