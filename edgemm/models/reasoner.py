@@ -46,7 +46,9 @@ def save(model: Reasoner, directory: Path, source: Path, *, half: bool = False) 
     """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
     directory.mkdir(parents=True, exist_ok=True)
     pruned = {b.name: b.heads for b in attentions(model) if b.heads != model.config.heads}
-    units, blocks = {h.name: h.units for h in hidden_units(model)}, {s.name: len(s.layers) for s in stacks(model)}
+    units = {h.name: h.units for h in hidden_units(model)}
+    built = {"fusion.layers": model.config.fusion_layers, "text_encoder.bert.encoder.layer": model.config.text_layers}
+    blocks = {s.name: len(s.layers) for s in stacks(model) if len(s.layers) != built[s.name]}
     left: dict[str, Any] = {"blocks": blocks, "pruned_heads": pruned, "hidden_units": units}
     if tokens := specs(token_layers(model)):
         left |= {"key_tokens": tokens}

@@ -17,7 +17,6 @@ from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError
 from edgemm.graph.centering import center_vocabulary
-from edgemm.graph.correction import unbiased
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
@@ -25,7 +24,7 @@ from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import open_directory
 from edgemm.target import Target
-from edgemm.tuning import tune
+from edgemm.tuning import tune, unbiased
 
 STEPS = 4
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgemm.graph.correction import unbiased
 from edgemm.runtime import onnxruntime
+from edgemm.tuning import unbiased
 
 WIDTH, TOKENS = 16, 40
 SPEC: dict[str, Any] = {
