@@ -89,6 +89,18 @@ class Train(Strict):
     model: dict[str, Any] = {}
 
 
+class Search(Strict):
+    """How wide each layer is to stay: see edgemm/search.py.
+
+    speedup  of the FP32 graph, by pruning alone, on the target
+    repair   correct what stays by least squares on the calibration data
+    """
+
+    use: Literal["latency"]
+    speedup: float = Field(gt=1)
+    repair: bool = True
+
+
 InputKind = Literal["image", "audio", "tokens", "mask", "tensor"]
 
 
@@ -107,6 +119,7 @@ class Recipe(Strict):
     precision: Literal["f32", "bf16", "f16"] | None = Field(
         None, description="of the float parts; null: the target's, which TensorRT keeps"
     )
+    search: Search | None = None
     prune: tuple[Use, ...] = ()
     export: Export = Export()
     quantize: Quantize | None = None

@@ -131,6 +131,8 @@ def may_import(module: str, imported: str) -> bool:
     if own in ("stages", "recheck"):
         shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
         return other in shared or imported in SHARED or imported == module
+    if own == "search":
+        return other not in ("pipeline", "inspection", "device_report", "triton")
     if own in ("pipeline", "inspection", "device_report", "triton"):
         return other not in ("pipeline", "inspection", "device_report", "triton")
     return own in ("cli", "edgemm", "edgemm.__main__")
