@@ -15,6 +15,7 @@ from edgemm.models import check_model
 from edgemm.recipe import Recipe, check_plugins
 from edgemm.report import html, junit, markdown
 from edgemm.report.schema import BundleFile, Pruning, Report, TargetReport
+from edgemm.search import search
 from edgemm.stages.compile import compile_engine
 from edgemm.stages.export import export
 from edgemm.stages.load import load
@@ -30,6 +31,7 @@ TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "te
 def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetReport, Artifact | None]:
     """One model, one target. Read this function and you have read edgemm."""
     source = load(recipe, runs)  # FP32 weights, recorded reference outputs
+    recipe = search(source, recipe, target, runs)  # how wide layers stay, by their latencies on the target
     pruned = prune(source, recipe, runs)  # smaller shapes, not masks
     graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
     quantized = quantize(graph, recipe, target, runs)  # Q/DQ, ranges from the train split

@@ -126,6 +126,18 @@ class Recover(Strict):
     patience: int = Field(5, ge=1)
 
 
+class Search(Strict):
+    """How wide each layer is to stay: see edgemm/search.py.
+
+    speedup  of the FP32 graph, by pruning alone, on the target
+    repair   correct what stays by least squares on the calibration data
+    """
+
+    use: Literal["latency"]
+    speedup: float = Field(gt=1)
+    repair: bool = True
+
+
 Version = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # what JSON carries whole everywhere
 InputKind = Literal["image", "audio", "tokens", "mask", "tensor"]
 
@@ -146,6 +158,7 @@ class Recipe(Strict):
     precision: Literal["f32", "bf16", "f16"] | None = Field(
         None, description="of the float parts; null: the target's, which TensorRT keeps"
     )
+    search: Search | None = None
     prune: tuple[Use, ...] = ()
     recover: Recover | None = None
     export: Export = Export()

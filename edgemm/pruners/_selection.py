@@ -34,18 +34,17 @@ def named(block: Named, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(block.name, p) for p in patterns)
 
 
-def choose(scores: list[list[float]], keep: float, *, alike: bool = False) -> list[list[int]]:
+def choose(scores: list[list[float]], keep: float) -> list[list[int]]:
     """The heads or units that stay, a list a layer: the best of each layer first, then the best of all.
 
-    Scores are compared across layers as shares of their layer's mean, since layers differ in scale; as they are
-    where they are `alike`.
+    Scores are compared across layers as shares of their layer's mean, since layers differ in scale.
     """
     total = max(len(scores), round(keep * sum(map(len, scores))))
     best = [max(range(len(s)), key=s.__getitem__) for s in scores]
     rest = sorted(
         (-score / (mean or 1.0), layer, unit)
         for layer, s in enumerate(scores)
-        for mean in [1.0 if alike else sum(s) / len(s)]
+        for mean in [sum(s) / len(s)]
         for unit, score in enumerate(s)
         if unit != best[layer]
     )

@@ -48,7 +48,7 @@ def prune(
         scores = fisher({b.name: (b.linears[3], b.heads) for b in matched}, run)
     else:
         scores = magnitude(matched) if options.score == "magnitude" else attention(matched, run)
-    kept = choose([scores[b.name] for b in matched], options.keep, alike=options.score == "fisher")
+    kept = choose([scores[b.name] for b in matched], options.keep)
     if options.repair and options.keep < 1:
         found = grams({b.name: b.linears[3] for b in matched}, run)
         for block, heads in zip(matched, kept, strict=True):

@@ -53,7 +53,7 @@ def prune(
         scores = fisher({b.name: (b.reads, b.units) for b in blocks}, run)
     else:
         scores = magnitude(blocks) if options.score == "magnitude" else activation(blocks, run)
-    chosen = choose([scores[b.name] for b in blocks], options.keep, alike=options.score == "fisher")
+    chosen = choose([scores[b.name] for b in blocks], options.keep)
     kept = [filled(scores[b.name], units, options.multiple) for b, units in zip(blocks, chosen, strict=True)]
     if options.repair and options.keep < 1:
         found = grams({b.name: b.reads for b in blocks}, run)

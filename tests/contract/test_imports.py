@@ -135,6 +135,8 @@ def may_import(module: str, imported: str) -> bool:
             return True
         return other in shared or imported in SHARED or imported == module
     tops = ("pipeline", "inspection", "conformance", "device_report", "triton", "oci")
+    if own == "search":
+        return other not in tops
     if own in tops:
         return other not in tops or (own, other) == ("conformance", "inspection")
     return own in ("cli", "edgemm", "edgemm.__main__")
