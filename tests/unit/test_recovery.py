@@ -22,6 +22,7 @@ from edgemm.recipe import Recipe
 from edgemm.recovery import Watched, _Lesson, check, distance, rate
 from edgemm.stages.load import load
 from edgemm.stages.prune import prune
+from tests.checkpoints import write
 from tests.unit.test_attention_heads import QUESTIONS, TOKENIZER, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +136,18 @@ def test_killed_run_goes_on_to_the_same_bytes(
     assert "recover goes on at step" in done.stderr
     source = load(recipe, tmp_path)
     assert weights(prune(source, recipe, tmp_path)) == weights(recovered[2])
+
+
+def test_models_that_embed_learn_too(recipe: Recipe, tmp_path: Path) -> None:
+    directory = write("clip", tmp_path / "clip")
+    clip = changed(recipe, steps=10, every=5, learning_rate=1e-3).model_copy(update={"model": str(directory)})
+    source = load(clip, tmp_path / "runs")
+    pruned = prune(source, clip.model_copy(update={"recover": None}), tmp_path / "runs")
+    made = prune(source, clip, tmp_path / "runs")
+    family = find_family(directory)
+    models = [Watched(family, read_model(family, a.path / "model")) for a in (source, pruned, made)]
+    _, before, after = (lesson(clip, source).judge(model, models[0]) for model in models)
+    assert after < before
 
 
 def test_it_stops_when_nothing_gets_better_and_keeps_the_best(
