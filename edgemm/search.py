@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +21,7 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError, VerdictError
-from edgemm.graph.timing import Shape, measure, timed
+from edgemm.graph.timing import Shape, measure
 from edgemm.recipe import Recipe, Use
 from edgemm.runtime.session import open_directory
 from edgemm.stages.compile import compile_engine
@@ -37,15 +35,14 @@ if TYPE_CHECKING:
 LEVELS, MULTIPLE = 8, 16  # widths that are tried; those of hidden units are whole vectors of 16 floats
 SAMPLES = 32  # on which the answers are compared
 STEPS = 2000  # into which the time to be saved is divided
-INPUTS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A width of a layer: ms that it saves against the whole layer, and what the answers lose."""
+    """A width of a layer: what it saves, as a share of the model's latency, and what the answers lose."""
 
     width: int
-    saved_ms: float
+    saved: float
     loss: float
 
 
@@ -64,29 +61,30 @@ def search(source: Artifact, recipe: Recipe, target: Target, runs: Path) -> Reci
     if not is_torch(source.path / "model"):
         raise InputError(f"search: {recipe.model} came as a graph, which is not pruned", fix="remove search")
     table = latencies(source, recipe, target, runs).json("latencies.json")
-    choices = {name: options(**layer) for name, layer in table["layers"].items()}
-    keep = knapsack(choices, table["whole_ms"], wanted.speedup, target.name)
-    saved = sum(c.saved_ms for name, row in choices.items() for c in row if c.width == keep[name])
-    promised = table["whole_ms"] / (table["whole_ms"] - saved)
-    log(f"search: {wanted.speedup:g}x is asked, and {promised:.2f}x is promised by the latencies of the layers")
-    keep = {name: width for name, width in keep.items() if width < max(table["layers"][name]["widths"])}
+    choices = {name: options(**layer) for name, layer in table.items()}
+    keep = knapsack(choices, wanted.speedup, target.name)
+    saved = sum(c.saved for name, row in choices.items() for c in row if c.width == keep[name])
+    log(f"search: {wanted.speedup:g}x is asked, and {faster(saved):.2f}x is promised by the latencies of the layers")
+    keep = {name: width for name, width in keep.items() if width < max(table[name]["widths"])}
     first = Use.model_validate({"use": "widths", "keep": keep, "repair": wanted.repair})
     return recipe.model_copy(update={"prune": (first, *recipe.prune)})
 
 
 def latencies(source: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
-    """latencies.json: `whole_ms` of the FP32 graphs; and by layer its `widths`, and `ms` and `loss` of each."""
+    """latencies.json, by layer: its `widths`; `share` of the FP32 model's latency, and `loss`, of each."""
 
     def make(out: Path) -> None:
-        whole_ms = time_whole(compile_engine(export(source, recipe.export, runs), target, "f32", runs), recipe)
+        session = open_directory(compile_engine(export(source, recipe.export, runs), target, "f32", runs).path)
         layers, losses = describe(source, recipe)
         log(f"search: {len(layers)} layers of {len({s for s, _ in layers.values()})} shapes are timed")
-        table = measure(layers.values(), target.threads)
+        calibration, _ = split(recipe, lambda: session.program)
+        tensors = session.tensors(calibration[0].query)
+        table = measure(layers.values(), target.threads, lambda: session.infer(tensors))
         rows = {
-            name: {"widths": widths, "ms": [table[shape, w] for w in widths], "loss": losses[name]}
+            name: {"widths": widths, "share": [table[shape, w] for w in widths], "loss": losses[name]}
             for name, (shape, widths) in layers.items()
         }
-        (out / "latencies.json").write_text(json.dumps({"whole_ms": whole_ms, "layers": rows}), encoding="utf-8")
+        (out / "latencies.json").write_text(json.dumps(rows), encoding="utf-8")
 
     return build(
         "latencies",
@@ -101,14 +99,6 @@ def latencies(source: Artifact, recipe: Recipe, target: Target, runs: Path) -> A
         tools=("torch", "transformers", "openvino"),
         make=make,
     )
-
-
-def time_whole(baseline: Artifact, recipe: Recipe) -> float:
-    """Median ms of the FP32 graphs on calibration samples, all components."""
-    session = open_directory(baseline.path)
-    calibration, _ = split(recipe, lambda: session.program)
-    inputs = [session.tensors(s.query) for s in calibration[:INPUTS]]
-    return statistics.median(timed([partial(session.infer, tensors) for tensors in inputs]))
 
 
 def describe(source: Artifact, recipe: Recipe) -> tuple[dict[str, tuple[Shape, list[int]]], dict[str, list[float]]]:
@@ -166,7 +156,8 @@ def losses(data: Calibration, tried: dict[str, list[int]]) -> dict[str, list[flo
         rows = [v.reshape(len(v), -1) for v in of().values() if v.dtype.kind == "f"]
         if not rows:
             raise InputError(
-                "search: the model's answers are texts, which are no numbers to compare", fix="prune: widths"
+                "search: the model's answers are no numbers of one size that could be compared",
+                fix="remove search, and give the pass widths",
             )
         return np.concatenate(rows, 1, dtype=np.float64)
 
@@ -185,34 +176,38 @@ def levels(units: int, multiple: int) -> list[int]:
     return sorted({w for w in wanted if 0 < w < units} | {units})
 
 
-def options(widths: list[int], ms: list[float], loss: list[float]) -> list[Choice]:
+def options(widths: list[int], share: list[float], loss: list[float]) -> list[Choice]:
     """What each width of a layer saves and loses."""
-    return [Choice(w, max(ms) - took, lost) for w, took, lost in zip(widths, ms, loss, strict=True)]
+    return [Choice(w, max(share) - took, lost) for w, took, lost in zip(widths, share, loss, strict=True)]
 
 
-def knapsack(choices: dict[str, list[Choice]], whole_ms: float, speedup: float, where: str) -> dict[str, int]:
-    """Name -> width of each layer, of least loss in sum, with which the whole takes whole_ms / speedup.
+def faster(saved: float) -> float:
+    """The speed-up of saving such a share of the latency."""
+    return 1 / max(1 - saved, 1e-3)
 
-    Dynamic programming over the ms saved, in STEPS; each saving is rounded down.
+
+def knapsack(choices: dict[str, list[Choice]], speedup: float, where: str) -> dict[str, int]:
+    """Name -> width of each layer, of least loss in sum, with which the whole is so much faster.
+
+    Dynamic programming over the share saved, in STEPS; each saving is rounded down.
     Raises VerdictError that says how far it got when nothing reaches the speed-up.
     """
-    asked = whole_ms * (1 - 1 / speedup)
-    most = sum(max(c.saved_ms for c in row) for row in choices.values())
+    asked = 1 - 1 / speedup
     best: NDArray[np.float64] = np.full(STEPS + 1, np.inf)
     best[0] = 0.0
     taken: list[NDArray[np.intp]] = []
     for row in choices.values():
         new, pick = np.full(STEPS + 1, np.inf), np.zeros((STEPS + 1, 2), np.intp)
         for index, choice in enumerate(row):
-            step = int(choice.saved_ms / asked * STEPS)
-            reached = np.minimum(np.arange(STEPS + 1) + step, STEPS)
-            for before, after in enumerate(reached):
-                if (loss := best[before] + choice.loss) < new[after]:
+            step = int(choice.saved / asked * STEPS)
+            for before, loss in enumerate(best + choice.loss):
+                after = min(before + step, STEPS)
+                if loss < new[after]:
                     new[after], pick[after] = loss, (index, before)
         best = new
         taken.append(pick)
     if not np.isfinite(best[STEPS]):
-        got = whole_ms / (whole_ms - most)
+        got = faster(sum(max(c.saved for c in row) for row in choices.values()))
         raise VerdictError(
             f"search: speedup = {speedup:g}: on {where} the narrowest layers give {got:.2f}x by their latencies",
             fix=f"ask for less than {got:.2f}, or let other passes (key_tokens, layers) and INT8 do the rest",

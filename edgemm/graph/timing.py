@@ -21,8 +21,13 @@ ROUNDS, RUNS, WARM_UP = 7, 10, 3
 Shape = tuple[Any, ...]
 
 
-def measure(layers: Iterable[tuple[Shape, list[int]]], threads: int) -> dict[tuple[Shape, int], float]:
-    """Median ms of each layer graph at each of its widths, FP32 in OpenVINO; layers of one shape are timed once."""
+def measure(
+    layers: Iterable[tuple[Shape, list[int]]], threads: int, whole: Callable[[], object]
+) -> dict[tuple[Shape, int], float]:
+    """Latency of each layer graph at each of its widths, FP32 in OpenVINO, as a share of what `whole` takes.
+
+    Layers of one shape are timed once. `whole` is timed with each shape in turn: a busy host slows both.
+    """
     try:
         import openvino as ov
     except ImportError as e:
@@ -34,13 +39,12 @@ def measure(layers: Iterable[tuple[Shape, list[int]]], threads: int) -> dict[tup
         tried[shape].update(widths)
     for shape in progress(sorted(tried, key=str), "layer shapes timed"):
         widths = sorted(tried[shape])
-        calls = [
-            core.compile_model(layer_graph(shape, w), "CPU", settings).create_infer_request().infer for w in widths
-        ]
+        made = [core.compile_model(layer_graph(shape, w), "CPU", settings).create_infer_request() for w in widths]
+        base, *times = timed([whole, *(request.infer for request in made)])
         slowest = 0.0
-        for width, ms in zip(widths, timed(calls), strict=True):
+        for width, ms in zip(widths, times, strict=True):
             slowest = max(slowest, ms)  # noise does not make a wider layer faster
-            table[shape, width] = slowest
+            table[shape, width] = slowest / base
     return table
 
 
