@@ -78,7 +78,9 @@ def write_signature(bundle: Path, sha256: str, key: Path, certificate: Path | No
             if certificate is None:
                 config.use_elliptic_key_signer(private_key=key)
             else:
-                config.use_certificate_signer(private_key=key, signing_certificate=certificate, certificate_chain=chain)
+                config.use_certificate_signer(
+                    private_key=key, signing_certificate=certificate, certificate_chain=chain or [certificate]
+                )  # it takes no empty chain; the certificate twice changes nothing
             config.sign(bundle, Path(folder, "signature"))
         except errors as e:
             raise InputError(f"{key} can't sign: {_reason(e)}", fix=MAKE_KEY) from e
