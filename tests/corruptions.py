@@ -68,6 +68,7 @@ class Forger:
         self.root = folder / "root"
         install(self.paths[2], self.root, self.key)
         self.forged = folder / "forged.edgemm"
+        self.bombs = [make() for make in self._bombs()]
         self.kinds: list[Callable[[random.Random], Forgery]] = [
             self.flipped, self.flipped, self.flipped, self.cut, self.spliced, self.other_signature,
             self.flipped_signature, self.reordered, self.swapped, self.replayed, self.renamed, self.bomb,
@@ -183,7 +184,7 @@ class Forger:
         return self.maybe_signed(rng, "path trick", write_bundle(manifest, files))
 
     def bomb(self, rng: random.Random) -> Forgery:
-        return self.maybe_signed(rng, "bomb", rng.choice(self._bombs())())
+        return self.maybe_signed(rng, "bomb", rng.choice(self.bombs))
 
     def _bombs(self) -> list[Callable[[], bytes]]:
         def deflated() -> bytes:
@@ -235,9 +236,8 @@ class Forger:
         if rng.random() < 0.5 and key != "version":
             del manifest[key]
         else:
-            manifest[key] = rng.choice((None, -1, [], "\ud800", 1.5, {"a": {}}, "1", True))
-            if key in ("model", "target"):
-                manifest[key] = None
+            typed = (None, -1, [], "\ud800", 1.5, "1", True) if key not in ("model", "target") else (None, 1, {"a": {}})
+            manifest[key] = rng.choice(typed)
         head = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
         members: Members = [("manifest.json", head), *sorted(self.read[3].files.items())]
         return self.by_the_key("broken manifest, signed", write_archive(members))
