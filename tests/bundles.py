@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import numpy_helper
 
 from edgemm.data.noise import samples
 from edgemm.recipe import Recipe
 from edgemm.report.bom import bill_of_materials
 from edgemm.runtime.bundle import write_bundle
 from edgemm.runtime.session import Session
+from edgemm.runtime.signature import write_signature
 from edgemm.stages.package import array_bytes, golden
 from edgemm.target import Target
 from tests import devices
@@ -25,9 +29,15 @@ def program() -> dict[str, Any]:
     return made | {"backend": "onnxruntime", "settings": {"threads": 1, "precision": "f32"}}
 
 
-def tiny_bundle(version: int = 1, expected: dict[str, Any] | None = None, **changes: Any) -> bytes:
-    """Bytes of a bundle; `expected` replaces what its golden inputs gave, `changes` the keys of its manifest."""
-    files = {f"{name}.onnx": devices.graph(name, "fp32").SerializeToString() for name in devices.WIDTHS}
+def tiny_bundle(
+    version: int = 1, expected: Mapping[str, Any] | None = None, gain: float = 1.0, **changes: Any
+) -> bytes:
+    """Bytes of a bundle.
+
+    expected  replaces what its golden inputs gave;  gain  what the weights are multiplied by
+    changes   of keys of the manifest
+    """
+    files = {f"{name}.onnx": weighted(name, gain) for name in devices.WIDTHS}
     made = program()
     session = Session(files, made, "tiny")
     inputs = golden(samples(made, 2, 1), session)
@@ -52,6 +62,21 @@ def tiny_bundle(version: int = 1, expected: dict[str, Any] | None = None, **chan
     }
     files["bom.cdx.json"] = bill_of_materials(manifest, files)
     return write_bundle(manifest, files)
+
+
+def weighted(name: str, gain: float) -> bytes:
+    """The graph of a component, its weights multiplied."""
+    model = devices.graph(name, "fp32")
+    weights = model.graph.initializer[0]
+    weights.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weights) * np.float32(gain), weights.name))
+    return model.SerializeToString()
+
+
+def signed(path: Path, content: bytes, private: Path) -> Path:
+    """Write a bundle and its signature, whether or not it deserves one."""
+    path.write_bytes(content)
+    write_signature(path, hashlib.sha256(content).hexdigest(), private, None, [])
+    return path
 
 
 def key_pair(folder: Path, name: str = "key", curve: str = "prime256v1") -> tuple[Path, Path]:

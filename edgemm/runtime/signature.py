@@ -78,7 +78,9 @@ def write_signature(bundle: Path, sha256: str, key: Path, certificate: Path | No
             if certificate is None:
                 config.use_elliptic_key_signer(private_key=key)
             else:
-                config.use_certificate_signer(private_key=key, signing_certificate=certificate, certificate_chain=chain)
+                config.use_certificate_signer(
+                    private_key=key, signing_certificate=certificate, certificate_chain=chain or [certificate]
+                )  # it takes no empty chain; the certificate twice changes nothing
             config.sign(bundle, Path(folder, "signature"))
         except errors as e:
             raise InputError(f"{key} can't sign: {_reason(e)}", fix=MAKE_KEY) from e
@@ -128,5 +130,5 @@ def _known(library: Any, name: str, sha256: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text or type(error).__name__
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return "it signs other bytes" if text.startswith("Signature mismatch") else text
