@@ -15,8 +15,9 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/edgemm compress reasoner --target x86-openvino -o out
 
+# Two workers, a file each; small models gain nothing from more threads.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 e2e-full: setup
 	$(BIN)/pytest -m full tests/e2e/test_full_size.py

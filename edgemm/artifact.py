@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgemm.errors import EdgemmError, InputError
 
-Kind = Literal["imported", "source", "pruned", "graph", "quantized", "engine", "verified", "bundle"]
+Kind = Literal["imported", "source", "latencies", "pruned", "graph", "quantized", "engine", "verified", "bundle"]
 ROOM = 1 << 20  # bytes; with less than this free, a failing writer failed for want of space
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -147,7 +147,7 @@ class writing:  # in lower case as contextlib's: `with writing(path):`
             what = f"no space left on the disk of {self.where}"
         else:
             return
-        raise InputError(what, fix="free some space or choose another -o directory") from error
+        raise InputError(what, fix="free some space or choose another directory") from error
 
 
 def _is_full(where: Path, error: Exception) -> bool:
@@ -167,7 +167,9 @@ def locked(runs: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise InputError(f"another edgemm is working in {runs}", fix="wait for it, or choose another -o") from e
+            raise InputError(
+                f"another edgemm is working in {runs}", fix="wait for it, or choose another directory"
+            ) from e
         yield
 
 

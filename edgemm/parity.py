@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from edgemm import plugins
 from edgemm.errors import InputError
 from edgemm.recipe import Limit, Recipe
 from edgemm.report.schema import Accuracy
+from edgemm.runtime.arrays import read_arrays
 from edgemm.verdict import compare
 
 Outputs = Mapping[str, NDArray[Any]]  # edgemm/metrics/__init__.py says what is in it
@@ -30,9 +30,11 @@ class Reference:
 
 
 def read_reference(content: bytes) -> Reference:
-    stored = np.load(io.BytesIO(content))
+    stored = read_arrays(content, "the FP32 model's outputs")
+    if missing := {"ids", "groups", "targets"} - stored.keys():
+        raise InputError(f"the FP32 model's outputs have no {min(missing)}", fix="run edgemm compress again")
     targets = [t or None for t in stored["targets"].tolist()]
-    outputs = {n.removeprefix("out."): stored[n] for n in stored.files if n.startswith("out.")}
+    outputs = {n.removeprefix("out."): value for n, value in stored.items() if n.startswith("out.")}
     return Reference(stored["ids"].tolist(), stored["groups"].tolist(), targets, outputs)
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import json
+import math
 from collections.abc import Mapping
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from edgemm import plugins
 from edgemm.console import log
@@ -19,11 +14,10 @@ from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Accuracy, BundleFile, Gate, TargetReport
 from edgemm.runtime.bundle import Bundle, read_bundle
-from edgemm.runtime.session import Query, Session
+from edgemm.runtime.golden import TOLERANCE, golden_error
+from edgemm.runtime.session import Session
 from edgemm.target import Target
 from edgemm.verdict import accuracy_gates, at_most, worst
-
-GOLDEN_TOLERANCE = 0.05
 
 
 def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
@@ -49,7 +43,7 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
         if data is not None:
             raise
         raise InputError(f"{bundle} was verified on {recipe.data!r}, which is not here", fix="--data FILE") from e
-    gates = [golden_gate(session, content.files)]
+    gates = [golden_gate(session, content.files, str(bundle))]
     notes = ["latency, memory and size are not measured: a bundle does not carry the FP32 graph"]
     accuracy: tuple[Accuracy, ...] = ()
     if is_random(recipe):
@@ -82,40 +76,13 @@ def origin(bundle: Bundle, path: Path) -> tuple[Recipe, Target]:
     return recipe, plugins.validate(Target, found.get("target"), f"{path}: provenance.target")
 
 
-def golden_gate(session: Session, files: Mapping[str, bytes]) -> Gate:
-    """Largest difference to the expected outputs of the golden inputs, relative to the largest output.
-
-    Where the output is a text, the share of its letters that differ.
-    """
-    worst_error = 0.0
-    expected = np.load(io.BytesIO(files["golden/expected.npz"]))
-    for i, case in enumerate(json.loads(files["golden/inputs.json"])):
-        got = session.outputs([golden_query(case, i, files)])
-        for name, value in got.items():
-            want = expected[f"{i}.{name}"]
-            if value.dtype.kind == "U":
-                error = 1 - SequenceMatcher(None, str(want[0]), str(value[0])).ratio() if name == "text" else 0.0
-            else:
-                error = float(np.abs(value - want).max() / np.abs(want).max())
-            worst_error = max(worst_error, error)
+def golden_gate(session: Session, files: Mapping[str, bytes], where: str) -> Gate:
+    error = golden_error(session, files, where)
     return Gate(
         name="golden outputs",
-        value=worst_error,
-        limit=GOLDEN_TOLERANCE,
+        value=error if math.isfinite(error) else None,
+        limit=TOLERANCE,
         unit="relative",
-        verdict=at_most(worst_error, GOLDEN_TOLERANCE),
+        verdict=at_most(error, TOLERANCE),
         detail="largest difference to the outputs on the machine that packed the bundle",
-    )
-
-
-def golden_query(case: dict[str, Any], index: int, files: Mapping[str, bytes]) -> Query:
-    """A golden input; see stages/package.py."""
-    boxes = case.get("boxes")
-    tensors = {n: np.load(io.BytesIO(files[f"golden/{index}.{n}.npy"])) for n in case.get("tensors", ())}
-    return Query(
-        image=files[case["image"]] if "image" in case else None,
-        text=case.get("text"),
-        audio=files[case["audio"]] if "audio" in case else None,
-        boxes=tuple(tuple(b) for b in boxes) if boxes else None,
-        tensors=tensors or None,
     )

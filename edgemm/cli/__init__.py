@@ -38,7 +38,7 @@ def build_app() -> typer.Typer:
             _guard_group(module)
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(guard(module.command))
+            app.command(name.replace("_", "-"))(guard(module.command))
     return app
 
 

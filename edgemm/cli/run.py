@@ -18,6 +18,9 @@ def command(
     boxes: Annotated[
         Optional[str], typer.Option(help="For documents: a JSON list with [x0,y0,x1,y1] in 0..1000 for each word.")
     ] = None,
+    require_signature: Annotated[
+        Optional[Path], typer.Option(metavar="KEY", help="Refuse a bundle without a signature by this key.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer and what is behind it as JSON.")] = False,
 ) -> None:
     """Answer one input from a bundle, of whichever modalities its model takes; needs no torch.
@@ -27,7 +30,7 @@ def command(
     from edgemm.runtime.preprocess import read_boxes
     from edgemm.runtime.session import load_bundle
 
-    session = load_bundle(bundle)
+    session = load_bundle(bundle, require_signature=require_signature)
     answer = session.run(image=image, text=text, audio=audio, boxes=None if boxes is None else read_boxes(boxes))
     if json:
         console.result_json(answer.as_json(session.output["kind"]))

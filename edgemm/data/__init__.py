@@ -20,7 +20,7 @@ from edgemm import plugins
 from edgemm.artifact import canonical, sha256_file, sha256_text
 from edgemm.errors import InputError
 from edgemm.recipe import Recipe
-from edgemm.runtime.session import Query
+from edgemm.runtime.query import Query
 
 
 @dataclass(frozen=True, slots=True)

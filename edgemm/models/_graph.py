@@ -15,7 +15,8 @@ import torch
 
 from edgemm.errors import InputError
 from edgemm.runtime import onnxruntime
-from edgemm.runtime.session import Array, Call, Directory, Tensors
+from edgemm.runtime.query import Array, Call, Tensors
+from edgemm.runtime.session import Directory
 
 if TYPE_CHECKING:
     from edgemm.models import Component

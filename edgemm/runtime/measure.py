@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemm.errors import ToolchainError
-from edgemm.runtime.session import Session, Tensors, open_directory
+from edgemm.runtime.query import Tensors
+from edgemm.runtime.session import Session, open_directory
 
 WARM_UP = 20
 BLOCK = 10

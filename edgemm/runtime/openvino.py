@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemm.errors import ToolchainError
+from edgemm.errors import InputError, ToolchainError
 
 Tensors = Mapping[str, Any]
 
@@ -30,7 +30,11 @@ def compile_component(
         raise ToolchainError("OpenVINO is not installed", fix="pip install 'edgemm[openvino]'") from e
     core = ov.Core()
     xml, weights = (files[f"{component['name']}.{suffix}"] for suffix in ("xml", "bin"))
-    model = core.read_model(xml, ov.Tensor(np.frombuffer(weights, np.uint8)))
+    try:
+        model = core.read_model(xml, ov.Tensor(np.frombuffer(weights, np.uint8)))
+    except RuntimeError as e:
+        what = f"{component['name']}: OpenVINO can't load it: {' '.join(str(e).split())}"[:500]
+        raise InputError(what, fix="run edgemm compress again, or pip install --upgrade openvino") from e
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": settings["precision"],
         "INFERENCE_NUM_THREADS": settings["threads"],

@@ -10,12 +10,10 @@ import importlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edgemm.errors import InputError
@@ -25,55 +23,9 @@ from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.generation import generate
 from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_tensors
 from edgemm.runtime.program import Generation, Program
+from edgemm.runtime.query import Answer, Array, Call, Outputs, Query, Tensors, answer_of
 
-Array = NDArray[Any]
-Tensors = Mapping[str, Array]
-Call = Callable[[Tensors], dict[str, Array]]
-Outputs = dict[str, Array]
 MAX_BATCH = 16
-ANSWERING = ("labels", "generation", "transcript")
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One input; what is absent is None. Media are files or their bytes.
-
-    boxes    a box [x0,y0,x1,y1] in 0..1000 for each word of `text`
-    tensors  inputs that come ready made, by name, without the batch axis
-    """
-
-    image: Path | str | bytes | None = None
-    text: str | None = None
-    audio: Path | str | bytes | None = None
-    boxes: tuple[tuple[int, int, int, int], ...] | None = None
-    tensors: dict[str, Array] | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model made of one input.
-
-    answer       the best label or the text; None for models that only embed
-    probability  of the label, or that the two modalities belong together
-    outputs      the tensors behind it, by name, without the batch axis
-    """
-
-    answer: str | None
-    probability: float | None
-    outputs: dict[str, Array]
-
-    def as_json(self, kind: str) -> dict[str, Any]:
-        """Answer and probability where there are any; the tensors of models that only embed."""
-        found: dict[str, Any] = {"answer": self.answer} if self.answer is not None else {}
-        if self.probability is not None:
-            found["probability"] = round(self.probability, 6)
-        return found if kind in ANSWERING else {**found, "outputs": {n: v.tolist() for n, v in self.outputs.items()}}
-
-    def summary(self) -> str:
-        """One line for people."""
-        if self.probability is not None:
-            return f"{self.probability:.4f}"
-        return ", ".join(f"{n} {list(v.shape)}, norm {np.linalg.norm(v):.4f}" for n, v in self.outputs.items())
 
 
 class Session:
@@ -132,7 +84,10 @@ class Session:
 
     def run_many(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer many, in order; each distinct image, text and recording is encoded once."""
-        return [self._answer_of(q, known) for q, known in zip(queries, self._evaluate(queries), strict=True)]
+        rows = zip(queries, self._evaluate(queries), strict=True)
+        if self.output["kind"] in ("generation", "transcript"):
+            return [Answer(self._text_of(q, known), None, {}) for q, known in rows]
+        return [answer_of(known, self.output, self.sources) for _, known in rows]
 
     def answer(self, query: Query) -> Answer:
         return self.run_many([query])[0]
@@ -293,38 +248,6 @@ class Session:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return f"{query.text} {text}".strip() if query.text and self.output.get("text_prompt") else text
 
-    def _answer_of(self, query: Query, known: dict[str, Array]) -> Answer:
-        output, kind = self.output, self.output["kind"]
-        if kind in ("generation", "transcript"):
-            return Answer(self._text_of(query, known), None, {})
-        if kind == "labels":
-            if output["tensor"] not in known:
-                raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
-            logits = known[output["tensor"]][0]
-            best = int(logits.argmax())
-            return Answer(
-                output["labels"][best], float(_activate(logits, output["activation"])[best]), {output["tensor"]: logits}
-            )
-        names = list(output["tensors"].values() if kind == "embeddings" else output["tensors"])
-        found = {n: known[n][0] for n in (*names, output.get("match")) if n in known}
-        if not found:
-            raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
-        probability = None
-        if kind == "embeddings" and all(n in found for n in names):
-            if output["match"]:
-                probability = float(_activate(found[output["match"]], "softmax")[1])
-            elif output["activation"] == "sigmoid":
-                similarity = np.dot(found[names[0]], found[names[1]])
-                probability = float(_activate(output["scale"] * similarity + output["bias"], "sigmoid"))
-        return Answer(None, probability, found)
-
-
-def _activate(logits: Array, activation: str) -> Array:
-    if activation == "sigmoid":
-        return 1 / (1 + np.exp(-logits))
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
-
 
 def _stack(rows: list[Array]) -> Array:
     """[1, ...] each -> [n, ...], shorter ones padded with zeros."""
@@ -356,7 +279,10 @@ def open_directory(path: Path, **changes: Any) -> Session:
     return Session(files, {**json.loads(files["program.json"]), **changes}, str(path))
 
 
-def load_bundle(path: Path | str) -> Session:
-    """Check a bundle, every byte of it, and compile it for this device."""
-    bundle = read_bundle(Path(path))
+def load_bundle(path: Path | str, *, require_signature: Path | str | None = None) -> Session:
+    """Check a bundle, every byte of it, and compile it for this device.
+
+    require_signature  PEM file of the public key or certificates that it must be signed for; see signature.py
+    """
+    bundle = read_bundle(Path(path), None if require_signature is None else Path(require_signature))
     return Session(bundle.files, bundle.manifest["program"], str(path))

@@ -16,9 +16,11 @@ from edgemm.data import Sample, split
 from edgemm.device.files import RUNNER, TRTEXEC, device_files
 from edgemm.levels import simulation
 from edgemm.recipe import Recipe
+from edgemm.report.bom import bill_of_materials
 from edgemm.report.schema import TargetReport
 from edgemm.runtime.bundle import write_bundle
-from edgemm.runtime.session import Array, Session, open_directory
+from edgemm.runtime.query import Array
+from edgemm.runtime.session import Session, open_directory
 from edgemm.target import Target
 
 GOLDEN = 4
@@ -28,6 +30,7 @@ BESIDE = (RUNNER, TRTEXEC)
 def package(
     verified: Artifact,
     engine: Artifact,
+    quantized: Artifact,
     graph: Artifact,
     source: Artifact,
     recipe: Recipe,
@@ -37,13 +40,13 @@ def package(
     """The bundle of a verified engine: model.edgemm in the artifact.
 
     Inside: the components, tokenizer.json, golden/ (inputs and expected outputs), check.npz (the FP32
-    model's outputs on the verification split, for `edgemm verify`), and manifest.json with the
+    model's outputs on the verification split, for `edgemm verify`), bom.cdx.json, and manifest.json with the
     program, the parity certificate and provenance. Format: runtime/bundle.py.
 
     Where the engine is built on the device, the bundle has what device/files.py lists instead of golden/ and
     check.npz, and the artifact also has the files of it that are to lie beside the bundle.
 
-    graph   the FP32 graphs that the engine was made of
+    quantized, graph   the graphs that the engine was compiled from, and the FP32 ones behind them
     """
     # Names, not paths: where model and data lay is nobody's business on the device.
     name, data = Path(recipe.model).name, Path(recipe.data or "").name
@@ -55,9 +58,10 @@ def package(
     provenance = {
         "engine": engine.digest,
         "source": source.digest,
+        "data": source.manifest.config["data"],
         "recipe": recipe.model_copy(update={"model": name, "data": data}).model_dump(mode="json", by_alias=True),
         "target": target.model_dump(mode="json", by_alias=True),
-        "versions": {**source.manifest.versions, **engine.manifest.versions},
+        "versions": {k: v for a in (source, graph, quantized, engine) for k, v in a.manifest.versions.items()},
     }
 
     def make(out: Path) -> None:
@@ -73,12 +77,14 @@ def package(
             for beside in BESIDE:
                 (out / Path(beside).name).write_bytes(files[beside])
         manifest = {
+            "version": recipe.version,
             "model": name,
             "target": target.name,
             "program": program,
             "certificate": certificate,
             "provenance": provenance,
         }
+        files["bom.cdx.json"] = bill_of_materials(manifest, files)
         (out / "model.edgemm").write_bytes(write_bundle(manifest, files))
 
     # Parents are what the bundle is made of, not the timed report: same verdict, same bytes.

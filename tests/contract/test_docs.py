@@ -18,7 +18,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("command", names("cli"))
 def test_every_command_is_in_the_readme(command: str) -> None:
-    assert re.search(rf"edgemm {command}\b", README)
+    assert re.search(rf"edgemm {command.replace('_', '-')}\b", README)
 
 
 @pytest.mark.parametrize("error", errors.EdgemmError.__subclasses__())
@@ -41,4 +41,4 @@ def test_options_in_the_readme_exist() -> None:
 
 def test_help_names_every_command() -> None:
     shown = CliRunner().invoke(build_app(), ["--help"]).stdout
-    assert all(name in shown for name in names("cli"))
+    assert all(name.replace("_", "-") in shown for name in names("cli"))

@@ -15,7 +15,7 @@ from edgemm.cli import build_app
 from edgemm.plugins import names
 
 GOLDEN = Path(__file__).parent / "help"
-COMMANDS = ["", *names("cli"), "recipes show", "recipes check", "targets list"]
+COMMANDS = ["", *(name.replace("_", "-") for name in names("cli")), "recipes show", "recipes check", "targets list"]
 
 
 def check_golden(path: Path, text: str) -> None:

@@ -287,15 +287,21 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         return lambda out: [(out / n.replace("_", ".")).write_text(text) for n, text in files.items()]
 
     verified = build("verified", runs, config={}, make=made(target_json=row.model_dump_json()))
-    source = build("source", runs, config={}, make=made(reference_npz=""))
-    return package(verified, engine, graph, source, devices.RECIPE, devices.TARGET, runs)
+    source = build("source", runs, config={"data": "2" * 64}, make=made(reference_npz=""))
+    return package(verified, engine, graph, graph, source, devices.RECIPE, devices.TARGET, runs)
 
 
 def test_the_bundle_carries_all_that_a_device_needs(packed: Artifact) -> None:
     content = read_bundle(packed.path / "model.edgemm")
     assert set(content.files) == {
         *(f"{name}.{precision}.onnx" for name in devices.WIDTHS for precision in ("fp16", "int8")),
-        *("check.npz", "golden/expected.npz", "golden/inputs.json", *(f"golden/{i}.x.npy" for i in range(4))),
+        *(
+            "check.npz",
+            "bom.cdx.json",
+            "golden/expected.npz",
+            "golden/inputs.json",
+            *(f"golden/{i}.x.npy" for i in range(4)),
+        ),
         "device/reference.npz",
         "device/spec.json",
         "device/trtexec.sh",

@@ -44,7 +44,7 @@ from edgemm.errors import InputError
 from edgemm.models import find_family, open_fp32, read_model
 from edgemm.models._graph import check, onnx_export
 from edgemm.models._hidden_units import hidden_units, matrix
-from edgemm.runtime.session import Query
+from edgemm.runtime.query import Query
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD, BOS, EOS, LAST = 1, 0, 50, 98
