@@ -81,11 +81,12 @@ def blip(full: bool) -> tuple[Any, list[Any]]:
     """BLIP base for VQA when full."""
     side = 384 if full else 32
     ids = {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    spread = {"initializer_range": 0.02}  # its own default is 1e-10: an encoder that answers 0
     if full:
-        config = tf.BlipConfig(text_config=ids, vision_config={"image_size": side})
+        config = tf.BlipConfig(text_config=ids, vision_config={"image_size": side, **spread})
     else:
         text = {**TINY, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 32, "encoder_hidden_size": 32}
-        vision = {**TINY, "image_size": side, "patch_size": 16}
+        vision = {**TINY, "image_size": side, "patch_size": 16, **spread}
         config = tf.BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
     model = tf.BlipForQuestionAnswering(config)
     model.generation_config = tf.GenerationConfig(bos_token_id=2, eos_token_id=3, pad_token_id=0, max_new_tokens=8)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.graph import View, attribute
 
 SMALLEST = 1 << 16  # values; smaller tables are not worth three more nodes
+
+
+def table(node: onnx.NodeProto, view: View) -> NDArray[np.generic] | None:
+    """The float32 [V,D] constant whose rows a node looks up, where INT8 is worth it; None for any other node."""
+    value = view.value(node.input[0]) if node.op_type == "Gather" and attribute(node, "axis", 0) == 0 else None
+    small = value is None or value.dtype != np.float32 or value.ndim != 2 or value.size < SMALLEST
+    return None if small else value
 
 
 def int8_tables(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -20,13 +28,12 @@ def int8_tables(model: onnx.ModelProto) -> onnx.ModelProto:
     view = View(model)
     nodes = []
     for node in model.graph.node:
-        table = view.value(node.input[0]) if node.op_type == "Gather" and attribute(node, "axis", 0) == 0 else None
-        if table is None or table.dtype != np.float32 or table.ndim != 2 or table.size < SMALLEST:
+        if (rows := table(node, view)) is None:
             nodes.append(node)
             continue
-        scale = np.maximum(np.abs(table).max(1, keepdims=True), np.finfo(np.float32).tiny * 127) / np.float32(127)
+        scale = np.maximum(np.abs(rows).max(1, keepdims=True), np.finfo(np.float32).tiny * 127) / np.float32(127)
         out = node.output[0]
-        for part, value in (("int8", np.rint(table / scale).astype(np.int8)), ("scale", scale)):
+        for part, value in (("int8", np.rint(rows / scale).astype(np.int8)), ("scale", scale)):
             model.graph.initializer.append(numpy_helper.from_array(value, f"{out}_table_{part}"))
             nodes.append(helper.make_node("Gather", [f"{out}_table_{part}", node.input[1]], [f"{out}_{part}"]))
         nodes += [

@@ -31,7 +31,7 @@ def lower(
         calibrated = qdq.strip(quantized)
         prepared = half.prepare(calibrated.model, opset_max, where)
         found = largest(prepared, samples)
-        placed, _ = qdq.place(prepared, calibrated.ranges, found)
+        placed, _ = qdq.place(prepared, calibrated.ranges, found, calibrated.weights)
         lowered["int8"] = _halved(placed, found)
     return lowered
 

@@ -1,13 +1,14 @@
 """Q/DQ as TensorRT takes it: symmetric INT8 around products with constant weights, and nowhere else.
 
-A quantizer decides ranges, smoothing and biases; where Q/DQ stands and how it is written is decided here. Softmax,
-products of two activations, residual sums, LayerNormalization and biases stay in float, so that attention stays one
-fused kernel. https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
+A quantizer decides ranges, smoothing, biases and which products it keeps in float; where Q/DQ stands and how it is
+written is decided here. Softmax, products of two activations, residual sums, LayerNormalization and biases stay in
+float, so that attention stays one fused kernel.
+https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.graph import View, attribute, prune_dead, replace
+from edgemm.graph.embeddings import table
 
 SMALLEST = 16  # K and N from which INT8 has kernels that gain
 HIGHEST = 127
@@ -28,12 +30,14 @@ MOVES = {"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Ide
 class Calibrated:
     """What a quantizer found, without its Q/DQ.
 
-    model   the float graph, smoothed and with corrected biases
-    ranges  magnitude that each quantized activation's scale covers, by tensor; empty where only weights are INT8
+    model    the float graph, smoothed and with corrected biases
+    ranges   magnitude that each quantized activation's scale covers, by tensor; empty where only weights are INT8
+    weights  names of the constants that were INT8
     """
 
     model: onnx.ModelProto
     ranges: dict[str, float]
+    weights: frozenset[str]
 
 
 def strip(quantized: onnx.ModelProto) -> Calibrated:
@@ -43,6 +47,7 @@ def strip(quantized: onnx.ModelProto) -> Calibrated:
     view = View(model)
     renamed: dict[str, str] = {}
     ranges: dict[str, float] = {}
+    weights: set[str] = set()
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear":
             continue
@@ -50,6 +55,7 @@ def strip(quantized: onnx.ModelProto) -> Calibrated:
         if quantize is None:
             weight = numpy_helper.from_array(_dequantized(node, view), node.output[0])
             model.graph.initializer.append(weight)
+            weights.add(weight.name)
             node.op_type = "Dead"
         else:
             source = quantize.input[0]
@@ -61,7 +67,7 @@ def strip(quantized: onnx.ModelProto) -> Calibrated:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
     prune_dead(model)
-    return Calibrated(model, ranges)
+    return Calibrated(model, ranges, frozenset(weights))
 
 
 def _parameters(node: onnx.NodeProto, view: View) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
@@ -115,14 +121,16 @@ def products(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def place(
-    floats: onnx.ModelProto, ranges: Mapping[str, float], largest: Mapping[str, float]
+    floats: onnx.ModelProto, ranges: Mapping[str, float], largest: Mapping[str, float], weights: Collection[str]
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """A float graph with named nodes -> the same with TensorRT's Q/DQ, and the names of the products that got it.
 
     ranges   see Calibrated; without any, weights alone become INT8
+    weights  see Calibrated: a product of others stays in float
     largest  magnitude of each tensor on calibration samples, where the quantizer left no range
-    One Q and one DQ an activation, shared by all that take it; weights are stored as INT8, per output channel.
-    A product whose input is always zero stays in float: TensorRT refuses a scale of zero.
+    One Q and one DQ an activation, shared by all that take it; weights are stored as INT8, per output channel, and
+    embedding tables per row: lookup and DequantizeLinear are one kernel, and a table that is a product's weight, too,
+    is there once. A product whose input is always zero stays in float: TensorRT refuses a scale of zero.
     """
     model = onnx.ModelProto()
     model.CopyFrom(floats)
@@ -131,22 +139,27 @@ def place(
     nodes: list[onnx.NodeProto] = []
     dequantized: dict[str, str] = {}
     placed = []
+
+    def stored(name: str, axis: int) -> str:
+        if name not in dequantized:
+            dequantized[name] = f"{name}/dequantized"
+            nodes.append(_weight(name, axis, view, model))
+        return dequantized[name]
+
     for node in model.graph.node:
-        if node.name in axes:
+        if table(node, view) is not None:
+            node.input[0] = stored(node.input[0], 0)
+        elif node.name in axes and node.input[1] in weights:
             source = node.input[0]
             magnitude = _range(source, ranges, largest, view) if ranges else 0.0
             if magnitude > 0 or not ranges:
                 placed.append(node.name)
+                node.input[1] = stored(node.input[1], axes[node.name])
                 if ranges:
                     if source not in dequantized:
                         dequantized[source] = f"{source}/dequantized"
                         nodes += _activation(source, magnitude, model)
                     node.input[0] = dequantized[source]
-                weight = node.input[1]
-                if f"{weight}/dequantized" not in dequantized.values():
-                    dequantized[weight] = f"{weight}/dequantized"
-                    nodes.append(_weight(weight, axes[node.name], view, model))
-                node.input[1] = f"{weight}/dequantized"
         nodes.append(node)
     replace(model.graph.node, nodes)
     prune_dead(model)

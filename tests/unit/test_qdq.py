@@ -58,6 +58,10 @@ def attention() -> onnx.ModelProto:
     return model(nodes, ("n", "t", "k"), gain=np.ones(32, np.float32), b=B, head=head, **weights)
 
 
+def constants(graph: onnx.ModelProto) -> set[str]:
+    return {i.name for i in graph.graph.initializer}
+
+
 def run(graph: onnx.ModelProto, x: NDArray[Any]) -> NDArray[Any]:
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -72,7 +76,7 @@ def rounded(x: NDArray[Any], scale: NDArray[Any]) -> NDArray[Any]:
 
 def test_q_dq_stands_at_products_with_constant_weights_alone() -> None:
     graph = attention()
-    placed, names = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]))
+    placed, names = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), constants(graph))
     onnx.checker.check_model(placed, full_check=True)
     view = {o: n for n in placed.graph.node for o in n.output}
     quantized = {n.name: [view[i].op_type for i in n.input if i in view] for n in placed.graph.node}
@@ -88,7 +92,7 @@ def test_q_dq_stands_at_products_with_constant_weights_alone() -> None:
 
 def test_everything_is_symmetric_int8_and_weights_have_a_scale_a_channel() -> None:
     graph = attention()
-    placed, _ = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]))
+    placed, _ = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), constants(graph))
     stored = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
     for node in placed.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -112,7 +116,7 @@ def test_a_product_equals_the_plain_reference(kind: str) -> None:
         gemm = n("Gemm", ["f", "w", "b"], ["y"], transB=int(kind != "Gemm"))
         graph = model([flat, gemm], w=weight, b=B, s=np.array([-1, 32]))
     magnitude = 2.5
-    placed, (name,) = qdq.place(graph, {"x": magnitude}, largest(graph, [{"x": X}]))
+    placed, (name,) = qdq.place(graph, {"x": magnitude}, largest(graph, [{"x": X}]), constants(graph))
     assert name
     step = qdq.half_scales(np.array(magnitude))
     weights = qdq.half_scales(np.abs(W).max(0))
@@ -126,7 +130,7 @@ def test_a_convolution_equals_the_plain_reference_and_a_depthwise_one_stays_in_f
     deep = RNG.standard_normal((32, 1, 3)).astype(np.float32)
     nodes = [n("Conv", ["x", "k"], ["c"], pads=[1, 1]), n("Conv", ["c", "d"], ["y"], pads=[1, 1], group=32)]
     graph = model(nodes, k=kernel, d=deep)
-    placed, names = qdq.place(graph, {"x": 3.0}, largest(graph, [{"x": X}]))
+    placed, names = qdq.place(graph, {"x": 3.0}, largest(graph, [{"x": X}]), constants(graph))
     assert len(names) == 1
     scales = qdq.half_scales(np.abs(kernel).max((1, 2)))[:, None, None]
     reference = model(nodes, k=rounded(kernel, scales).astype(np.float32), d=deep)
@@ -150,6 +154,7 @@ def test_a_quantizers_range_is_read_from_its_scale_and_zero_point(zero: Any, sca
     stored = np.rint(W / scales).astype(np.int8)
     weights = {"w8": stored, "ws": scales, "wz": np.zeros(32 if zero else (), np.int8)}
     calibrated = qdq.strip(model(nodes, s=np.float32(scale), z=np.asarray(zero), **weights))
+    assert len(calibrated.weights) == 1
     assert calibrated.ranges == {"x": pytest.approx(magnitude, rel=1e-6)}
     assert [x.op_type for x in calibrated.model.graph.node] == ["MatMul"]
     (weight,) = calibrated.model.graph.initializer
@@ -167,7 +172,7 @@ def test_a_range_holds_behind_what_only_moves_values_and_else_the_observed_one_i
     ]
     graph = model(nodes, w=W, w2=W.copy())
     found = largest(graph, [{"x": X}])
-    placed, names = qdq.place(graph, {"x": 2.0}, found)
+    placed, names = qdq.place(graph, {"x": 2.0}, found, constants(graph))
     stored = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
     assert len(names) == 2
     assert stored["u/scale"] == qdq.half_scales(np.array(2.0))
@@ -176,9 +181,32 @@ def test_a_range_holds_behind_what_only_moves_values_and_else_the_observed_one_i
 
 def test_without_ranges_weights_alone_are_int8() -> None:
     graph = attention()
-    placed, names = qdq.place(graph, {}, largest(graph, [{"x": X}]))
+    placed, names = qdq.place(graph, {}, largest(graph, [{"x": X}]), constants(graph))
     kinds = Counter(n.op_type for n in placed.graph.node)
     assert (len(names), kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (4, 0, 4)
+
+
+def test_a_table_that_is_a_products_weight_too_is_stored_once() -> None:
+    n = helper.make_node
+    nodes = [n("Gather", ["table", "ids"], ["e"]), n("Gemm", ["e", "table"], ["y"], transB=1)]
+    weight = np.random.default_rng(0).standard_normal((2048, 32)).astype(np.float32)
+    graph = model(nodes, ("n", "v"), table=weight, ids=np.arange(3, dtype=np.int64))
+    placed, names = qdq.place(graph, {}, {}, {"table"})
+    onnx.checker.check_model(placed, full_check=True)
+    assert len(names) == 1
+    (dequantize,) = [node for node in placed.graph.node if node.op_type == "DequantizeLinear"]
+    assert {node.op_type for node in placed.graph.node if dequantize.output[0] in node.input} == {"Gather", "Gemm"}
+    assert [i.dims for i in placed.graph.initializer if len(i.dims) == 2] == [[2048, 32]]
+
+
+def test_what_the_quantizer_kept_in_float_stays_so() -> None:
+    graph = attention()
+    all_of_them = constants(graph)
+    _, names = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), all_of_them)
+    kept = next(n for n in graph.graph.node if n.name == names[0])
+    placed, fewer = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), all_of_them - {kept.input[1]})
+    assert set(names) - set(fewer) == {kept.name}
+    assert kept in placed.graph.node
 
 
 def test_a_product_whose_input_is_always_zero_stays_in_float() -> None:
@@ -190,7 +218,7 @@ def test_a_product_whose_input_is_always_zero_stays_in_float() -> None:
         n("Add", ["y0", "y1"], ["y"]),
     ]
     graph = model(nodes, o=np.zeros(1, np.float32), w=W)
-    _, names = qdq.place(graph, {"x": 2.0}, largest(graph, [{"x": X}]))
+    _, names = qdq.place(graph, {"x": 2.0}, largest(graph, [{"x": X}]), constants(graph))
     assert len(names) == 1
 
 
