@@ -8,7 +8,7 @@ from onnx import helper, numpy_helper
 
 from edgemm.graph import View, attribute, replace
 
-TALL = 8  # times as many tokens as channels, from which a product's weights are a vocabulary's
+TALL, MANY = 8, 1024  # times as many tokens as channels, and tokens, from which a product's weights are a vocabulary's
 LAST = "last_axis"
 
 
@@ -56,7 +56,8 @@ def _vocabulary_axis(view: View, node: onnx.NodeProto) -> int | None:
     if node.op_type not in ("Gemm", "MatMul") or (matrix := view.value(node.input[1])) is None or matrix.ndim != 2:
         return None
     axis = 0 if attribute(node, "transB", 0) else 1
-    return axis if matrix.shape[axis] >= TALL * matrix.shape[1 - axis] else None
+    tokens, channels = matrix.shape[axis], matrix.shape[1 - axis]
+    return axis if tokens >= max(MANY, TALL * channels) else None
 
 
 def _fits(view: View, name: str, axis: int) -> bool:
