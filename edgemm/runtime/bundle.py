@@ -128,7 +128,7 @@ def read_bundle(path: Path, require_signature: Path | None = None) -> Bundle:
     require_signature  PEM file of the public key or of the certificates that BUNDLE.sig must go back to
     Raises InputError on the first fault, ToolchainError when a signature is asked for and can't be checked here.
     """
-    if path.is_dir():
+    if _is_directory(path):
         members, sha256 = _unpacked(path)
         check_signature(path, sha256, require_signature)
     else:
@@ -143,6 +143,13 @@ def read_bundle(path: Path, require_signature: Path | None = None) -> Bundle:
         if File(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)) != listed[name]:
             raise InputError(f"{path}: {name} is not the file that the manifest names", fix=DAMAGED)
     return Bundle(manifest, Files(path, members), sha256)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # whoever may not look is told so when the file is opened
+        return False
 
 
 def _sealed(path: Path) -> tuple[bytes, str]:

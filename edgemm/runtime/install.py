@@ -68,7 +68,7 @@ def install(bundle: Path, root: Path, require_signature: Path | None = None, *, 
                 f"{bundle} has version {checked.version}, and {root} had {highest}",
                 fix="compress with a higher --set version=N; --force goes back",
             )
-        other = SLOTS[slot == SLOTS[0]]
+        other = _other(slot)
         try:
             _remove(root / STAGED)
             _unpack(checked, _signature(bundle), root / STAGED)
@@ -95,7 +95,7 @@ def rollback(root: Path, require_signature: Path | None = None) -> Path:
         slot, current = _slot(root), _current(root)
         if slot is None:
             raise InputError(f"there is nothing installed in {root}", fix="edgemm install BUNDLE --root DIR")
-        other = root / SLOTS[slot == SLOTS[0]] / NAME
+        other = root / _other(slot) / NAME
         if not other.is_dir():
             raise InputError(f"{root} holds no earlier bundle", fix="edgemm install BUNDLE --root DIR --force")
         self_test(read_bundle(other, require_signature), other)
@@ -130,6 +130,10 @@ def _slot(root: Path) -> str | None:
     if target not in SLOTS:
         raise InputError(f"{root}/current leads to {target!r}, which is no slot", fix="choose another --root")
     return target
+
+
+def _other(slot: str | None) -> str:
+    return "b" if slot == "a" else "a"
 
 
 def _current(root: Path) -> Bundle | None:
