@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgemm.errors import EdgemmError, InputError
 
-Kind = Literal["imported", "source", "pruned", "graph", "quantized", "engine", "verified", "bundle"]
+Kind = Literal["imported", "source", "latencies", "pruned", "graph", "quantized", "engine", "verified", "bundle"]
 ROOM = 1 << 20  # bytes; with less than this free, a failing writer failed for want of space
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}

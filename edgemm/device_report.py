@@ -17,7 +17,7 @@ from edgemm import plugins
 from edgemm.device import device_runner
 from edgemm.device import files as device_files
 from edgemm.errors import InputError
-from edgemm.recipe import Recipe
+from edgemm.recheck import origin
 from edgemm.report.device import Candidate, DeviceComponent, DeviceReport, read_report
 from edgemm.report.schema import (
     Accuracy,
@@ -32,7 +32,6 @@ from edgemm.report.schema import (
 )
 from edgemm.runtime.bundle import read_bundle
 from edgemm.stages.verify import percentiles
-from edgemm.target import Target
 from edgemm.verdict import accuracy_gates, budget_gates, worst
 
 NO_FP32 = "FP32 was not run on the device"
@@ -56,9 +55,7 @@ def verify_device(path: Path, report: Path) -> TargetReport:
     spec = json.loads(bundle.files["device/spec.json"])
     if [c.name for c in measured.components] != list(spec["components"]):
         raise InputError(f"{report} has not the components {', '.join(spec['components'])}", fix=HAND_MADE)
-    provenance = bundle.manifest["provenance"]
-    recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{path}: provenance.recipe")
-    target = plugins.validate(Target, provenance.get("target"), f"{path}: provenance.target")
+    recipe, target = origin(bundle, path)
     accuracy = tuple(
         plugins.validate(Accuracy, row, f"{path}: certificate.accuracy")
         for row in bundle.manifest["certificate"].get("accuracy", ())
@@ -76,7 +73,6 @@ def verify_device(path: Path, report: Path) -> TargetReport:
         latency=latency,
         memory=memory,
         size=size,
-        pruning=None,
         gates=tuple(gates),
         bundle=BundleFile(path=str(path), sha256=bundle.sha256),
         level="L3",

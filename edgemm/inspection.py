@@ -76,6 +76,73 @@ def inspect(model: str) -> dict[str, Any]:
     }
 
 
+def link_map(model: str, data: str | None) -> dict[str, Any]:
+    """Magnitude of every attention link: {"score", "layers": [{name, kind, queries, keys, heads}], "fused": [name]}.
+
+    data   calibration data, on which mean attention probability x norm of the carried value is measured ("attention");
+           without any, the norm of a head's weights ("magnitude"), which is one for all edges of a merged sequence
+    heads  a number a head; `fused` are layers whose heads can't be told apart, since their q, k and v are one matrix
+    """
+    from edgemm.data import split
+    from edgemm.models import find_family, is_torch, open_fp32, read_model, resolve
+    from edgemm.pruners._scores import links, magnitude
+
+    if is_bundle(model):
+        raise InputError(f"{model} is a bundle, whose links are fixed", fix="give the model that it was made from")
+    with tempfile.TemporaryDirectory() as runs:
+        directory = resolve(model, runs=Path(runs))
+        family = find_family(directory)
+        if not is_torch(directory):
+            raise InputError(f"{model} is a graph, whose heads are not known", fix="give the model in torch")
+        module = read_model(family, directory)
+        listed = family.attentions(module)
+        blocks = [b for b in listed if b.q and b.heads]
+        fused = [b.name for b in listed if not b.q]
+        if not blocks:
+            why = f"the q, k and v of {', '.join(fused)} are one matrix" if fused else "there is no attention layer"
+            raise InputError(f"{model} has no links to show: {why}", fix="leave --links out")
+        if data is None:
+            scores = magnitude(blocks)
+            found = {b.name: {(b.queries, b.keys): scores[b.name]} for b in blocks}
+        else:
+            session = open_fp32(family, module, directory)
+            calibration, _ = split(Recipe(name="inspect", model=model, data=data), lambda: session.program)
+            ids = (session.program["text"] or {}).get("ids")
+            words = [0]
+
+            def observe(_component: str, tensors: Any) -> None:
+                if ids in tensors:
+                    words[0] = tensors[ids].shape[1]
+
+            session.observe = observe
+            queries = [s.query for s in calibration]
+            found = links(blocks, lambda: session.outputs(queries), words=lambda: words[0])
+    rows = [
+        {"name": b.name, "kind": b.kind, "queries": queries, "keys": keys, "heads": heads}
+        for b in blocks
+        for (queries, keys), heads in found[b.name].items()
+    ]
+    return {"score": "magnitude" if data is None else "attention", "layers": rows, "fused": fused}
+
+
+def plot_links(found: dict[str, Any], file: Path) -> None:
+    """Draw what `link_map` found, layers x heads, a panel for each edge, as .png or .svg."""
+    if file.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {file}: no picture ends in {file.suffix!r}", fix="name it .png or .svg")
+    from edgemm.report.html import save_links
+    from edgemm.report.schema import Layer
+
+    def whole(row: dict[str, Any]) -> Layer:
+        n, heads = len(row["heads"]), tuple(row["heads"])
+        counts = {f"{of}_{when}": n for of in ("links", "heads", "keys") for when in ("before", "after")}
+        edge = {k: row[k] for k in ("name", "kind", "queries", "keys")}
+        return Layer.model_validate({**edge, **counts, "scores": heads, "kept": tuple(range(n))})
+
+    with artifact.writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_links([whole(row) for row in found["layers"]], file)
+
+
 def evaluate(model: str, data: str | None) -> dict[str, dict[str, float]]:
     """The default metric on the verification split -> {"all" and each kind: {"n": samples, metric: value}}."""
     if is_bundle(model):

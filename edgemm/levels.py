@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgemm.artifact import Artifact
-from edgemm.report.schema import Accuracy, Gate, Layers, Pruning, Size, TargetReport
+from edgemm.report.schema import Accuracy, Gate, Layers, Pruning, Size, TargetReport, Verdict
 from edgemm.runtime import onnxruntime
 from edgemm.runtime.session import Directory, Session
 from edgemm.target import Level, Target
-from edgemm.verdict import worst
+from edgemm.verdict import budget_gates, worst
 
-UNMEASURED = "to be measured on the device"
+UNMEASURED: tuple[Verdict, str] = ("UNVERIFIED", "to be measured on the device")
 
 
 class Graphs(Directory):
@@ -67,17 +67,14 @@ def unmeasured(
     if built:
         mine = [n for n in built if n.endswith(f".{precision}.engine")]
         size = Size(fp32_bytes=_bytes(baseline, ".engine"), compressed_bytes=_bytes(engine, *mine))
-    all_gates = (*gates, *_budgets(target, size))
+    all_gates = (*gates, *budget_gates(target, None, None, size, absent=UNMEASURED))
     return TargetReport(
         name=target.name,
         verdict=worst([*(g.verdict for g in all_gates), "UNVERIFIED"]),
         accuracy=accuracy,
-        latency=None,
-        memory=None,
         size=size,
         pruning=pruning,
         gates=all_gates,
-        bundle=None,
         level=level,
         level_asked=target.level,
         established=sentence(target, precision, bool(accuracy), bool(built), engine.manifest.versions),
@@ -112,26 +109,6 @@ def layers(engine: Artifact) -> tuple[Layers, ...]:
         Layers(component=stem.rpartition(".")[0], precision=stem.rpartition(".")[2], **counts)
         for stem, counts in rows.items()
     )
-
-
-def _budgets(target: Target, size: Size | None) -> list[Gate]:
-    budgets = target.budgets
-    rows: list[tuple[str, float | None, str]] = [
-        ("speed-up p50", budgets.min_speedup, "x"),
-        ("latency p50", budgets.max_p50_ms, "ms"),
-        ("peak memory", budgets.max_peak_mb, "MB"),
-    ]
-    gates = [
-        Gate(name=name, value=None, limit=limit, unit=unit, verdict="UNVERIFIED", detail=UNMEASURED)
-        for name, limit, unit in rows
-        if limit is not None
-    ]
-    if (limit := budgets.max_size_ratio) is not None:
-        value = size.compressed_bytes / size.fp32_bytes if size else None
-        verdict = "UNVERIFIED" if value is None else "PASS" if value <= limit else "FAIL"
-        detail = UNMEASURED if value is None else "at most"
-        gates.append(Gate(name="size ratio", value=value, limit=limit, unit="of FP32", verdict=verdict, detail=detail))
-    return gates
 
 
 def _bytes(artifact: Artifact, *suffixes: str) -> int:

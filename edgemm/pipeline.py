@@ -15,6 +15,7 @@ from edgemm.models import check_model
 from edgemm.recipe import Recipe, check_plugins
 from edgemm.report import html, junit, markdown
 from edgemm.report.schema import BundleFile, Pruning, Report, TargetReport
+from edgemm.search import search
 from edgemm.stages.compile import compile_engine
 from edgemm.stages.export import export
 from edgemm.stages.load import load
@@ -30,6 +31,7 @@ TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "te
 def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetReport, Artifact | None]:
     """One model, one target. Read this function and you have read edgemm."""
     source = load(recipe, runs)  # FP32 weights, recorded reference outputs
+    recipe = search(source, recipe, target, runs)  # how wide layers stay, by their latencies on the target
     pruned = prune(source, recipe, runs)  # smaller shapes, not masks
     graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
     quantized = quantize(graph, recipe, target, runs)  # Q/DQ, ranges from the train split
@@ -38,7 +40,8 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     baseline = compile_engine(export(source, recipe.export, runs), target, "f32", runs)  # FP32, same runtime
     pruning = None if pruned is source else Pruning.model_validate(pruned.json("pruning.json"))
     verified = verify(engine, baseline, source, pruning, recipe, target, runs)
-    report = TargetReport.model_validate(verified.json("target.json"))
+    tuned = quantized.json("tuning.json") if "tuning.json" in quantized.manifest.files else []
+    report = TargetReport.model_validate({**verified.json("target.json"), "tuning": tuned})
     if report.verdict not in ("PASS", "UNVERIFIED"):
         return report, None  # what is not proven is not packed
     return report, package(verified, engine, quantized, graph, source, recipe, target, runs)  # one .edgemm file

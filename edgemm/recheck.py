@@ -13,7 +13,7 @@ from edgemm.errors import InputError, ToolchainError
 from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Accuracy, BundleFile, Gate, TargetReport
-from edgemm.runtime.bundle import read_bundle
+from edgemm.runtime.bundle import Bundle, read_bundle
 from edgemm.runtime.golden import TOLERANCE, golden_error
 from edgemm.runtime.session import Session
 from edgemm.target import Target
@@ -34,9 +34,7 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
             fix="run device_runner.py there, then edgemm verify BUNDLE --device-report device-report.json",
         )
     session = Session(content.files, content.manifest["program"], str(bundle))
-    provenance = content.manifest["provenance"]
-    recipe = plugins.validate(Recipe, provenance.get("recipe"), f"{bundle}: provenance.recipe")
-    target = plugins.validate(Target, provenance.get("target"), f"{bundle}: provenance.target")
+    recipe, target = origin(content, bundle)
     if data is not None:
         recipe = recipe.model_copy(update={"data": data})
     try:
@@ -65,14 +63,17 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
         name=target.name,
         verdict=worst([g.verdict for g in gates]),
         accuracy=accuracy,
-        latency=None,
-        memory=None,
-        size=None,
-        pruning=None,
         gates=tuple(gates),
         bundle=BundleFile(path=str(bundle), sha256=content.sha256),
         notes=tuple(notes),
     )
+
+
+def origin(bundle: Bundle, path: Path) -> tuple[Recipe, Target]:
+    """The recipe and the target that a bundle was made with."""
+    found = bundle.manifest["provenance"]
+    recipe = plugins.validate(Recipe, found.get("recipe"), f"{path}: provenance.recipe")
+    return recipe, plugins.validate(Target, found.get("target"), f"{path}: provenance.target")
 
 
 def golden_gate(session: Session, files: Mapping[str, bytes], where: str) -> Gate:

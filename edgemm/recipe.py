@@ -31,10 +31,27 @@ class Use(BaseModel):
         return dict(self.model_extra or {})
 
 
+class QuantizeSearch(Strict):
+    """What edgemm/tuning.py may try until each component's outputs reach `sqnr_db` against FP32, in this order.
+
+    smooth_quant   alphas of SmoothQuant, -1 for off;  ranges  how activations' ranges are found
+    Then products stay in float, the most sensitive first. After `budget_minutes` a component tries nothing more.
+    """
+
+    sqnr_db: float = Field(30.0, gt=0, le=80)
+    smooth_quant: tuple[float, ...] = Field((0.5, 0.8, -1), min_length=1)
+    ranges: tuple[Literal["minmax", "histogram"], ...] = Field(("minmax", "histogram"), min_length=1)
+    budget_minutes: float = Field(10.0, gt=0)
+
+
 class Quantize(Use):
-    """A quantizer, its options, and what differs for single components, by glob pattern over their names."""
+    """A quantizer, its options, and what differs for single components, by glob pattern over their names.
+
+    search   finds some of the options by measurement on calibration data
+    """
 
     components: dict[str, dict[str, Any]] = {}
+    search: QuantizeSearch | None = None
 
     def of(self, component: str) -> dict[str, Any]:
         """The options of one component: later patterns win over earlier ones and over the general options."""
@@ -89,6 +106,38 @@ class Train(Strict):
     model: dict[str, Any] = {}
 
 
+class Recover(Strict):
+    """A short distillation from the FP32 model after the passes of `prune`; see edgemm/recovery.py.
+
+    samples        at most so many of the train split;  held_back  share of them that judges, and is not learned
+    learning_rate  the largest of all `steps`;  batch  samples a step
+    features       weight of what layers read, beside that of the answers, which is 1
+    every          steps from a judgement, and a checkpoint, to the next;  patience  so many without a better one end it
+    """
+
+    samples: int = Field(4096, ge=2)
+    held_back: float = Field(0.1, gt=0, le=0.5)
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(32, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    features: float = Field(1.0, ge=0)
+    every: int = Field(100, ge=1)
+    patience: int = Field(5, ge=1)
+
+
+class Search(Strict):
+    """How wide each layer is to stay: see edgemm/search.py.
+
+    speedup  of the FP32 graph, by pruning alone, on the target
+    repair   correct what stays by least squares on the calibration data
+    """
+
+    use: Literal["latency"]
+    speedup: float = Field(gt=1)
+    repair: bool = True
+
+
 Version = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # what JSON carries whole everywhere
 InputKind = Literal["image", "audio", "tokens", "mask", "tensor"]
 
@@ -109,7 +158,9 @@ class Recipe(Strict):
     precision: Literal["f32", "bf16", "f16"] | None = Field(
         None, description="of the float parts; null: the target's, which TensorRT keeps"
     )
+    search: Search | None = None
     prune: tuple[Use, ...] = ()
+    recover: Recover | None = None
     export: Export = Export()
     quantize: Quantize | None = None
     verify: Verify = Verify()
@@ -140,6 +191,8 @@ def check_plugins(recipe: Recipe) -> None:
         plugin("metrics", limit.use)
     for i, pass_ in enumerate(recipe.prune):
         options("pruners", pass_.use, pass_.values, f"{recipe.name}: prune.{i}")
+        if getattr(plugin("pruners", pass_.use), "LAST", False) and i < len(recipe.prune) - 1:
+            raise InputError(f"{recipe.name}: prune.{i}: {pass_.use} is not the last pass", fix="move it to the end")
     if recipe.quantize is not None:
         for component in ("", *recipe.quantize.components):
             options("quantizers", recipe.quantize.use, recipe.quantize.of(component), f"{recipe.name}: quantize")

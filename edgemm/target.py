@@ -41,7 +41,7 @@ class Target(Strict):
     jetpack, tensorrt   versions on the device
     opset_max   newest ONNX opset that the device's parser reads
     precisions  graphs that are made, in order of preference; the device keeps the fastest one that is right
-    sparsity    of the weights
+    sparsity    2:4: the device's builder may use sparse kernels, for weights that `nm_sparsity` made so; FP16 alone
     shapes      [min, opt, max] of a dynamic axis by name, for the optimization profile; an axis that is not named
                 gets its whole range, tuned for the largest, and `batch` one input at a time
     memory_mb   scratch memory that a layer may take, MiB;  power_mode  nvpmodel mode that is measured in
@@ -127,6 +127,8 @@ def _unsupported(target: Target) -> tuple[str, str] | None:
             "(NVIDIA/TensorRT issue 4694)",
             "leave sparsity out; pruned attention heads make the INT8 products themselves smaller",
         )
-    if target.sparsity:
-        return f"sparsity = {target.sparsity}: no pruner of edgemm makes that pattern", "leave sparsity out"
+    if target.sparsity and target.backend == "tensorrt_rtx":
+        return f"sparsity = {target.sparsity}: TensorRT-RTX takes the flag and does nothing", "leave sparsity out"
+    if target.sparsity and (before := [s for s in target.sm if s < 80]):
+        return f"sparsity = {target.sparsity}: sm {before[0]} has no sparse tensor cores", "sm 80 or newer has them"
     return None

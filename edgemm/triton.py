@@ -24,6 +24,7 @@ from edgemm import plugins
 from edgemm.artifact import sha256_file, write_atomic, writing
 from edgemm.console import log
 from edgemm.errors import InputError, ToolchainError
+from edgemm.recheck import origin
 from edgemm.report.device import read_report
 from edgemm.runtime.bundle import Bundle, read_bundle
 from edgemm.runtime.program import ComponentSpec, Generation, Output, Port, Settings
@@ -86,7 +87,7 @@ def write_repository(path: Path, out: Path, report: Path | None, engines: Path |
             f"{path} holds TensorRT-RTX engines, which Triton does not run", fix="use --target x86-openvino"
         )
     program = plugins.validate(Served, bundle.manifest["program"], f"{path}: program")
-    target = plugins.validate(Target, bundle.manifest["provenance"].get("target"), f"{path}: provenance.target")
+    _, target = origin(bundle, path)
     files = device_engines(bundle, report, engines) if backend == "tensorrt" else component_files(bundle, program)
     if backend == "openvino":
         program = program.model_copy(

@@ -34,6 +34,7 @@ Z95, Z80 = 1.6449, 0.8416
 RULE_OF_THREE = 3.0  # 0 of n events bounds their rate by 3 / n
 FEW_FLIPS = 4.0  # over 80 % power from no flips to many, by enumeration: tests/unit/test_verdict.py
 ORDER: tuple[Verdict, ...] = ("PASS", "UNVERIFIED", "INCONCLUSIVE", "FAIL")
+NOT_MEASURED: tuple[Verdict, str] = ("INCONCLUSIVE", "not measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +218,18 @@ def accuracy_gates(rows: Sequence[Accuracy], recipe: Recipe) -> list[Gate]:
     ]
 
 
-def budget_gates(target: Target, latency: Latency | None, memory: Memory | None, size: Size) -> list[Gate]:
-    """A gate a budget; one whose quantity was not measured can't pass."""
+def budget_gates(
+    target: Target,
+    latency: Latency | None,
+    memory: Memory | None,
+    size: Size | None,
+    absent: tuple[Verdict, str] = NOT_MEASURED,
+) -> list[Gate]:
+    """A gate a budget; one whose quantity was not measured can't pass: it gets the verdict and reason `absent`."""
     budgets = target.budgets
     gates = []
     if (limit := budgets.min_speedup) is not None:
-        verdict, detail, speedup = "INCONCLUSIVE", "FP32 was not run", None
+        (verdict, detail), speedup = absent, None
         if latency and latency.speedup_ci95:
             low, high = latency.speedup_ci95
             verdict, detail = at_least(latency.speedup_ci95, limit), f"95 % interval {low:.2f} to {high:.2f}"
@@ -231,9 +238,9 @@ def budget_gates(target: Target, latency: Latency | None, memory: Memory | None,
     for name, value, most, unit in (
         ("latency p50", latency.compressed.p50_ms if latency else None, budgets.max_p50_ms, "ms"),
         ("peak memory", memory.compressed_peak_mb if memory else None, budgets.max_peak_mb, "MB"),
-        ("size ratio", size.compressed_bytes / size.fp32_bytes, budgets.max_size_ratio, "of FP32"),
+        ("size ratio", size.compressed_bytes / size.fp32_bytes if size else None, budgets.max_size_ratio, "of FP32"),
     ):
         if most is not None:
-            verdict, detail = ("INCONCLUSIVE", "not measured") if value is None else (at_most(value, most), "at most")
+            verdict, detail = absent if value is None else (at_most(value, most), "at most")
             gates.append(Gate(name=name, value=value, limit=most, unit=unit, verdict=verdict, detail=detail))
     return gates

@@ -140,3 +140,68 @@ MODELS: dict[str, Callable[[bool], tuple[Any, list[Any]]]] = {
     "vit": vit,
     "wav2vec2": wav2vec2,
 }
+
+# Families of which tests need the weights alone, without what pre-processes: name -> model.
+SMALL = {**TINY, "num_hidden_layers": 3}
+TRANSCRIBER = {"d_model": 32, "vocab_size": 50, "max_target_positions": 16, "max_source_positions": 20}
+LAYERED = {f"{part}_{of}": n for part in ("encoder", "decoder") for of, n in (("layers", 3), ("attention_heads", 4))}
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+IMAGE = {"image_size": 16, "patch_size": 8}
+
+
+def written_by(decoder: Any) -> Any:
+    return tf.VisionEncoderDecoderModel(encoder=tf.ViTModel(tf.ViTConfig(**SMALL, **IMAGE)), decoder=decoder)
+
+
+BARE: dict[str, Callable[[], Any]] = {
+    "whisper": lambda: tf.WhisperForConditionalGeneration(
+        tf.WhisperConfig(**TRANSCRIBER, **LAYERED, **SPECIAL, num_mel_bins=8, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    ),
+    "trocr": lambda: written_by(
+        tf.TrOCRForCausalLM(
+            tf.TrOCRConfig(
+                d_model=32,
+                decoder_layers=3,
+                decoder_attention_heads=4,
+                decoder_ffn_dim=64,
+                vocab_size=50,
+                max_position_embeddings=16,
+                cross_attention_hidden_size=32,
+            )
+        )
+    ),
+    "vit-gpt2": lambda: written_by(
+        tf.GPT2LMHeadModel(
+            tf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, n_positions=16, add_cross_attention=True)
+        )
+    ),
+    "layoutlmv3": lambda: tf.LayoutLMv3ForSequenceClassification(
+        tf.LayoutLMv3Config(
+            **SMALL,
+            vocab_size=50,
+            input_size=16,
+            patch_size=8,
+            coordinate_size=6,
+            shape_size=4,
+            rel_pos_bins=8,
+            max_rel_pos=16,
+            rel_2d_pos_bins=16,
+            max_rel_2d_pos=64,
+            max_position_embeddings=26,
+            num_labels=4,
+        )
+    ),
+}
+
+
+@torch.no_grad()
+def bare(name: str) -> Any:
+    """A model of BARE whose seeded weights all matter."""
+    torch.manual_seed(0)
+    model = BARE[name]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

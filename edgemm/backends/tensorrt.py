@@ -5,27 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from edgemm.backends import _tensorrt
 from edgemm.backends._tensorrt_counts import count
-from edgemm.errors import ToolchainError
+from edgemm.runtime.tensorrt import library
 from edgemm.target import Target
 
 TOOLS = ("tensorrt", "onnx")
-
-
-def library() -> ModuleType:
-    try:
-        import tensorrt as trt
-    except ImportError as e:
-        raise ToolchainError(
-            "TensorRT is not installed: graphs for a Jetson are made, linted and simulated here (L1), and the engine "
-            "is built on the device",
-            fix="nothing for compile: on-device; for compile: host install TensorRT beside the GPU",
-        ) from e
-    return trt
 
 
 def compile_component(

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from edgemm.backends import _tensorrt
-from edgemm.errors import ToolchainError
+from edgemm.runtime.tensorrt_rtx import library
 from edgemm.target import RTX_SM, Target
 
 TOOLS = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "onnx")
-
-
-def library() -> ModuleType:
-    try:
-        import tensorrt_rtx_bindings as trt
-    except ImportError as e:
-        raise ToolchainError("TensorRT-RTX is not installed", fix="pip install 'edgemm[tensorrt-rtx]'") from e
-    return trt
 
 
 def compile_component(

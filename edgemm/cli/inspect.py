@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -12,6 +13,19 @@ from edgemm import console
 
 def command(
     model: Annotated[str, typer.Argument(help="What compress takes, or an .edgemm file.")],
+    links: Annotated[
+        bool, typer.Option("--links", help="Show the magnitude of each attention link: layers x heads, by edge.")
+    ] = False,
+    data: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME|FILE|random:N",
+            help="With --links: measure what links carry on this data. Default: the norm of their weights.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="With --links: draw the map into this .png or .svg file.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Hold a bundle to each rule of its format instead; exit 2 if one breaks.")
     ] = False,
@@ -21,8 +35,23 @@ def command(
 
     The kind of an attention layer is self, cross or merged; queries -> keys are the modalities that it links.
     """
-    from edgemm.inspection import inspect
+    from edgemm.errors import InputError
+    from edgemm.inspection import inspect, link_map, plot_links
 
+    if links:
+        mapped = link_map(model, data)
+        if plot:
+            plot_links(mapped, plot)
+        if json:
+            console.result_json(mapped)
+        else:
+            edges = ((x["name"], f"{x['queries']} -> {x['keys']}", short(x["heads"])) for x in mapped["layers"])
+            console.table(f"links by {mapped['score']}", ("layer", "edge", "heads"), edges)
+            if mapped["fused"]:
+                console.result(f"q, k and v are one matrix, heads not told apart: {', '.join(mapped['fused'])}")
+        return
+    if data or plot:
+        raise InputError(f"{'--data' if data else '--plot'} is about links", fix="give --links too")
     if strict:
         from edgemm.conformance import conformance, raise_broken
 
@@ -56,3 +85,8 @@ def command(
     if certificate := found.get("certificate"):
         rows = ((a["metric"], a["fp32"], a["compressed"], a["drop_ci95_upper"]) for a in certificate["accuracy"])
         console.table(certificate["verdict"], ("metric", "FP32", "compressed", "bound on the drop"), rows)
+
+
+def short(values: list[float]) -> str:
+    """Three digits each."""
+    return "  ".join(f"{v:.3g}" for v in values)

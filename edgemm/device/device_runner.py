@@ -212,11 +212,14 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def build_engine(trt: Any, onnx: bytes, profiles: Json, workspace_mb: int | None, timing: bytes) -> tuple[bytes, bytes]:
+def build_engine(
+    trt: Any, onnx: bytes, profiles: Json, workspace_mb: int | None, timing: bytes, sparse: bool = False
+) -> tuple[bytes, bytes]:
     """Serialized engine and timing cache of one graph: strongly typed, so the precision is the graph's own.
 
     profiles      input -> min, opt, max shapes of each dynamic input
     workspace_mb  MiB of scratch memory that a layer may take; None: all there is
+    sparse        whether kernels for 2:4 sparse weights may be used
     timing        what an earlier build learnt; of another device or TensorRT, or damaged, it is left out
     """
     logger = make_logger(trt)
@@ -229,6 +232,8 @@ def build_engine(trt: Any, onnx: bytes, profiles: Json, workspace_mb: int | None
     config = builder.create_builder_config()
     if workspace_mb:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     cache = config.create_timing_cache(timing)
     if cache is None or not config.set_timing_cache(cache, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -341,6 +346,7 @@ class Cache:
             "onnx": onnx,
             "profiles": spec["profiles"],
             "workspace_mb": self.bundle.spec["workspace_mb"],
+            "sparsity": self.bundle.spec["sparsity"],
         }
 
     def path(self, component: str, precision: str) -> Path:
@@ -363,7 +369,9 @@ class Cache:
         learnt = self.timing.read_bytes() if self.timing.is_file() else b""
         begin = time.perf_counter()
         onnx = self.bundle.read(spec["candidates"][precision]["onnx"])
-        plan, learnt = build_engine(trt, onnx, spec["profiles"], self.bundle.spec["workspace_mb"], learnt)
+        whole = self.bundle.spec
+        sparse = whole["sparsity"] is not None
+        plan, learnt = build_engine(trt, onnx, spec["profiles"], whole["workspace_mb"], learnt, sparse)
         record = {
             "key": self.key(component, precision),
             "sha256": hashlib.sha256(plan).hexdigest(),

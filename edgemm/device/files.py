@@ -4,7 +4,8 @@ device/spec.json       for each component: `profiles`; `candidates`, each with i
                        measured on it against the FP32 graph and the SQNR that the engine must reach, dB; `ranges`,
                        the calibrated [low, high] of each tensor that is quantized. For the whole: `gates`, `rounds`
                        of timing, `decoder` (its name, or null), `fp32_bytes` of the unquantized graphs,
-                       `workspace_mb` (MiB of scratch memory a layer may take) and `power_mode` of the target
+                       `workspace_mb` (MiB of scratch memory a layer may take), `sparsity` and `power_mode` of the
+                       target
 device/reference.npz   <component>/<i>/in/<tensor>, <component>/<i>/out/<tensor>: what the FP32 graph met and made
 device/trtexec.sh      the same builds with NVIDIA's own tool
 device_runner.py       builds, checks and measures; see device/device_runner.py
@@ -62,6 +63,7 @@ def device_files(
             for component in program["components"]
         },
         "workspace_mb": facts.get("memory_mb"),
+        "sparsity": facts.get("sparsity"),
         "power_mode": facts.get("power_mode"),
         "gates": {"max_p50_ms": target.budgets.max_p50_ms, "max_peak_mb": target.budgets.max_peak_mb},
         "rounds": recipe.verify.rounds,
@@ -172,13 +174,14 @@ def trtexec_script(spec: Mapping[str, Any]) -> str:
         'set -e; python3 -m zipfile -e "$1" .',
     ]
     workspace = [f"--memPoolSize=workspace:{spec['workspace_mb']}"] if spec["workspace_mb"] else []
+    sparse = ["--sparsity=enable"] if spec["sparsity"] else []
     for name, component in spec["components"].items():
         shapes = []
         for which in ("min", "opt", "max") if component["profiles"] else ():
             sizes = [f"{tensor}:{'x'.join(map(str, s[which]))}" for tensor, s in component["profiles"].items()]
             shapes.append(f"--{which}Shapes={','.join(sizes)}")
         for precision, candidate in component["candidates"].items():
-            options = [f"--onnx={candidate['onnx']}", "--stronglyTyped", *shapes, *workspace]
+            options = [f"--onnx={candidate['onnx']}", "--stronglyTyped", *shapes, *workspace, *sparse]
             options += ["--timingCacheFile=edgemm.timing", f"--saveEngine={name}.{precision}.engine"]
             lines.append(shlex.join(["trtexec", *options]))
     return "\n".join(lines) + "\n"

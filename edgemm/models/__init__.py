@@ -4,6 +4,7 @@ load(directory) -> nn.Module            from config.json and the weights, in FP3
 save(model, directory, source)          config, weights and the other files of `source`; shapes may be pruned
 components(model) -> [Component]        graphs to export, in the order they run
 attentions(model) -> [AttentionBlock]   every attention layer; head pruning shrinks those with q, k, v, o
+token_layers(model) -> [TokenLayer]     where image tokens can leave (see _key_tokens.py); in some families
 program(model, directory) -> dict       pre- and post-processing as data, see edgemm/runtime/program.py
 
 Families whose weights are a transformers checkpoint share _transformers.py. Neurons of feed-forward blocks, and
@@ -97,6 +98,7 @@ class Component:
 class AttentionBlock:
     """Multi-head attention made of four Linear layers; head h owns rows h*d..(h+1)*d of q, k, v and columns of o.
 
+    A cross-attention may have no head left: only the bias of o remains, and its graph computes no q, k and v.
     name        dotted path in the model
     kind        self: one modality; cross: queries of one, keys of another; merged: one sequence of several
     queries     modality of the queries;  keys  modality of the keys and values ("text+image" when merged)
@@ -123,10 +125,15 @@ class AttentionBlock:
         return self.q, self.k, self.v, self.o
 
     def keep(self, heads: list[int]) -> None:
-        """Shrink to `heads`, in place: q, k, v lose rows and o loses columns; nothing is masked."""
+        """Shrink to `heads`, in place: q, k, v lose rows and o loses columns; nothing is masked.
+
+        No heads at all are for cross-attention alone.
+        """
+        assert heads or self.kind == "cross"
         q, k, v, o = self.linears
         assert self.resize
-        rows = torch.cat([torch.arange(h * self.head_dim, (h + 1) * self.head_dim) for h in sorted(heads)])
+        places = [h * self.head_dim + i for h in sorted(heads) for i in range(self.head_dim)]
+        rows = torch.tensor(places, dtype=torch.int64)
         for linear in (q, k, v):
             linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
             if linear.bias is not None:

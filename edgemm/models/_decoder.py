@@ -4,12 +4,13 @@ The tensors of a decoder of text, T new tokens after P in the cache (see program
     decoder_input_ids, position_ids int64[B,T], decoder_attention_mask int64[B,P+T], logits float32[B,V]
     past_key_i, past_value_i float32[B,H,P,d], present_key_i, present_value_i float32[B,H,P+T,d]  of layer i
     cross_key_i, cross_value_i float32[B,H,K,d]  keys and values of the cross-attention, which the encoder makes
+    cross_bias float32[B,1,1,K]  what is added to the scores of those keys, where they do not count alike
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ class CachedDecoder(nn.Module):
     """A whole decoder as one graph.
 
     embed   module: ids, positions int64[B,T] -> float32[B,T,D]
-    layers  modules: states, added mask, past (key, value), cross (key, value) -> states, key, value
+    layers  modules: states, added mask, past (key, value), cross (key, value) or None, what is added to the scores of
+            cross or None -> states, key, value
     head    module: states of one token [B,D] -> logits [B,V]
     inputs  names of the inputs, in order
     """
@@ -165,8 +167,8 @@ class CachedDecoder(nn.Module):
         mask = causal(decoder_attention_mask, cache["past_key_0"].shape[2], decoder_input_ids.shape[1])
         present = []
         for i, layer in enumerate(self.layers):
-            past, cross = ((cache[f"{kind}_key_{i}"], cache[f"{kind}_value_{i}"]) for kind in ("past", "cross"))
-            states, key, value = layer(states, mask, past, cross)
+            past = cache[f"past_key_{i}"], cache[f"past_value_{i}"]
+            states, key, value = layer(states, mask, past, cached_cross(cache, i), cache.get("cross_bias"))
             present += [key, value]
         return self.head(states[:, -1]), *present
 
@@ -206,12 +208,22 @@ def decoder(
 
 
 def cache_ports(kind: str, sizes: list[tuple[int, int]], length: int | str) -> tuple[Tensor, ...]:
-    """<kind>_key_i and <kind>_value_i float32[B,H,length,d] of each layer of (heads, head_dim) in `sizes`."""
+    """<kind>_key_i and <kind>_value_i float32[B,H,length,d] of each layer of (heads, head_dim) in `sizes`.
+
+    A cross-attention without heads has none.
+    """
     return tuple(
         Tensor(f"{kind}_{part}_{i}", "float32", ("batch", n, length, width))
         for i, (n, width) in enumerate(sizes)
         for part in ("key", "value")
+        if n
     )
+
+
+def cached_cross(cache: Mapping[str, torch.Tensor], layer: int) -> Pair | None:
+    """Key and value of a layer's cross-attention; None where it has no head left."""
+    name = f"cross_key_{layer}"
+    return (cache[name], cache[f"cross_value_{layer}"]) if name in cache else None
 
 
 class BartKeys(nn.Module):
@@ -233,7 +245,7 @@ class BartLayer(nn.Module):
         self.layer, self.normalize_first = layer, normalize_first
 
     def forward(
-        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair
+        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair | None, cross_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer = self.layer
 
@@ -252,8 +264,11 @@ class BartLayer(nn.Module):
         value = torch.cat([past[1], heads(own.v_proj(x), own.head_dim)], 2)
         states = states + own.out_proj(attend(query(own, x), key, value, mask))
         states = after(layer.self_attn_layer_norm, states)
-        x = before(layer.encoder_attn_layer_norm, states)
-        states = states + other.out_proj(attend(query(other, x), *cross, None))
+        if cross is None:
+            states = states + other.out_proj.bias
+        else:
+            x = before(layer.encoder_attn_layer_norm, states)
+            states = states + other.out_proj(attend(query(other, x), *cross, cross_mask))
         states = after(layer.encoder_attn_layer_norm, states)
         x = before(layer.final_layer_norm, states)
         states = states + layer.fc2(layer.activation_fn(layer.fc1(x)))

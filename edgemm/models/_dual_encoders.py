@@ -12,16 +12,17 @@ import torch
 from torch import nn
 from transformers.models.bert.modeling_bert import BertAttention
 from transformers.models.clap.modeling_clap import ClapAudioAttention, ClapTextAttention
-from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.deit.modeling_deit import DeiTAttention
 from transformers.models.roberta.modeling_roberta import RobertaAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
-from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaAttention
 
 from edgemm.models import AttentionBlock, Component, Tensor
 from edgemm.models._attentions import bert_attention, vit_attention
 from edgemm.models._decoder import bart_attention
+from edgemm.models._key_tokens import TokenLayer, class_token_layers
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 MAX_BATCH = 64
@@ -114,3 +115,19 @@ def _attention(name: str, module: Any) -> AttentionBlock | None:
         sizes = module.self.num_attention_heads, module.self.attention_head_size
         return AttentionBlock(name, "self", "audio", "audio", *sizes)
     return None
+
+
+def token_layers(model: Any) -> list[TokenLayer]:
+    """Layers of an image encoder of CLIP's or ViT's build, whose class token chooses; none of other builds."""
+    blocks = {block.name: block for block in attentions(model)}
+    config = getattr(model.config, "vision_config", model.config)
+    found: list[tuple[str, nn.Module, nn.Module, AttentionBlock]] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, CLIPEncoderLayer) and not name.startswith("text_model."):
+            part, norm = "self_attn", layer.layer_norm1
+        elif isinstance(layer, ViTLayer):
+            part, norm = "attention", layer.layernorm_before
+        else:
+            continue
+        found.append((name, layer, norm, blocks[f"{name}.{part}"]))
+    return class_token_layers(found, (config.image_size // config.patch_size) ** 2) if found else []

@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock
+from edgemm.models._blocks import stacks
 from edgemm.models._hidden_units import hidden_units
+from edgemm.models._key_tokens import TokenLayer, restore, specs
 from edgemm.models._processors import FILES
 
 SIDE_FILES = (*FILES, "generation_config.json")
@@ -41,13 +43,16 @@ def load(
     attentions: Callable[[Any], list[AttentionBlock]],
     prepare: Callable[[Any], object] = lambda model: None,
     unread: str | None = None,
+    tokens: Callable[[Any], list[TokenLayer]] = lambda model: [],
     **options: Any,
 ) -> Any:
     """`cls.from_pretrained` in FP32 and eval mode, from this disk alone, and strictly: every tensor in its place.
 
-    attentions  of the family; heads and units that an earlier pruning removed are removed before the weights are read
+    attentions  of the family; blocks, heads and units that an earlier pruning removed are removed before the weights
+                are read
     prepare     what is done to a model once it is built, e.g. folding weight norm into the weights
     unread      prefix of tensors that `prepare` takes away: the weights may have them or not
+    tokens      token_layers of a family that has it
     options     for from_pretrained, e.g. attn_implementation="eager"
     Pickles are read with weights_only=True, which runs no code from them. Raises InputError naming tensors
     that are missing, left over or of another shape, and for quantized weights.
@@ -56,7 +61,7 @@ def load(
     logging.set_verbosity_error()  # its report of tensors: they are named below
     refuse_quantized(directory)
     if (directory / PRUNED).is_file():
-        return _load_pruned(directory, cls, attentions, prepare, **options)
+        return _load_pruned(directory, cls, attentions, prepare, tokens, **options)
     model, info = cls.from_pretrained(
         directory,
         local_files_only=True,
@@ -98,6 +103,7 @@ def _load_pruned(
     cls: type[PreTrainedModel],
     attentions: Callable[[Any], list[AttentionBlock]],
     prepare: Callable[[Any], object],
+    tokens: Callable[[Any], list[TokenLayer]],
     **options: Any,
 ) -> Any:
     from safetensors.torch import load_file
@@ -106,11 +112,14 @@ def _load_pruned(
     model = cls(config).eval()
     prepare(model)
     pruned = read_json(directory, PRUNED)
+    for stack in stacks(model):
+        stack.keep(list(range(pruned["blocks"][stack.name])))
     for block in attentions(model):
         if (heads := pruned["heads"].get(block.name)) is not None:
             block.keep(list(range(heads)))
     for hidden in hidden_units(model):
         hidden.keep(list(range(pruned["units"][hidden.name])))
+    restore(tokens(model), pruned.get("tokens", {}))
     missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys)
@@ -122,14 +131,21 @@ def _load_pruned(
     return model
 
 
-def save(model: Any, directory: Path, source: Path, attentions: Callable[[Any], list[AttentionBlock]]) -> None:
-    """config.json, model.safetensors, the side files of `source`, and how many heads and units each layer has left."""
+def save(
+    model: Any,
+    directory: Path,
+    source: Path,
+    attentions: Callable[[Any], list[AttentionBlock]],
+    tokens: Callable[[Any], list[TokenLayer]] = lambda model: [],
+) -> None:
+    """config.json, model.safetensors, the side files of `source`, and what blocks, heads, units, tokens are left."""
     model.save_pretrained(directory, save_original_format=False)  # old tensor names would not fit what is read below
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
     heads = {b.name: b.heads for b in attentions(model) if b.q is not None}
-    left = {"heads": heads, "units": {h.name: h.units for h in hidden_units(model)}}
+    units, blocks = {h.name: h.units for h in hidden_units(model)}, {s.name: len(s.layers) for s in stacks(model)}
+    left = {"blocks": blocks, "heads": heads, "units": units, "tokens": specs(tokens(model))}
     (directory / PRUNED).write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
 
 

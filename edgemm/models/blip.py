@@ -25,9 +25,11 @@ from edgemm.models._decoder import (
     HIDDEN,
     MAX_BATCH,
     CachedDecoder,
+    Pair,
     Settings,
     attend,
     cache_ports,
+    cached_cross,
     causal,
     decoder,
     heads,
@@ -49,17 +51,33 @@ class ImageEncoder(nn.Module):
         return (tokens, F.normalize(self.projection(tokens[:, 0]), dim=-1)) if self.projection else tokens
 
 
+class TextLayer(nn.Module):
+    """A layer of the text encoder, which may have no head left that looks at the image."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states: Tensor, mask: Tensor, image_tokens: Tensor | None) -> Tensor:
+        layer = self.layer
+        if image_tokens is None or layer.crossattention.self.num_attention_heads:
+            return layer(states, image_tokens, attention_mask=mask)
+        states, _ = layer.attention(states, attention_mask=mask)
+        return layer.feed_forward_chunk(unlinked(layer.crossattention, states))
+
+
 class TextEncoder(nn.Module):
     """BERT, whose layers attend to the image where it is given -> float32[B,T,D], or what `head` makes of a text."""
 
     def __init__(self, text: Any, head: nn.Linear | None = None, *, normalize: bool = False) -> None:
         super().__init__()
-        self.embeddings, self.layers, self.head, self.normalize = text.embeddings, text.encoder.layer, head, normalize
+        self.layers = nn.ModuleList(TextLayer(layer) for layer in text.encoder.layer)
+        self.embeddings, self.head, self.normalize = text.embeddings, head, normalize
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         states, mask = self.embeddings(input_ids), padding(attention_mask)
         for layer in self.layers:
-            states = layer(states, image_tokens, attention_mask=mask)
+            states = layer(states, mask, image_tokens)
         if self.head is None:
             return states
         out: Tensor = self.head(states[:, 0])
@@ -67,7 +85,7 @@ class TextEncoder(nn.Module):
 
 
 class CrossCache(nn.Module):
-    """Keys and values of every decoder layer's cross-attention, float32[B,H,K,d]: the same for the whole text."""
+    """Keys and values of the decoder layers' cross-attentions, float32[B,H,K,d]: the same for the whole text."""
 
     def __init__(self, text_decoder: Any) -> None:
         super().__init__()
@@ -75,13 +93,36 @@ class CrossCache(nn.Module):
 
     def forward(self, image_tokens: Any = None, question_states: Any = None) -> tuple[Tensor, ...]:
         states = image_tokens if question_states is None else question_states
-        return tuple(heads(of(states), a.attention_head_size) for a in self.attentions for of in (a.key, a.value))
+        left = [a for a in self.attentions if a.num_attention_heads]
+        return tuple(heads(of(states), a.attention_head_size) for a in left for of in (a.key, a.value))
+
+
+class DecoderLayer(nn.Module):
+    """A layer of the text decoder on cached keys and values; see CachedDecoder."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, states: Tensor, mask: Tensor, past: Pair, cross: Pair | None, cross_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer, own, other = self.layer, self.layer.attention.self, self.layer.crossattention.self
+        size = own.attention_head_size
+        key = torch.cat([past[0], heads(own.key(states), size)], 2)
+        value = torch.cat([past[1], heads(own.value(states), size)], 2)
+        query = heads(own.query(states) * size**-0.5, size)
+        states = layer.attention.output(attend(query, key, value, mask), states)
+        if cross is None:
+            states = unlinked(layer.crossattention, states)
+        else:
+            query = heads(other.query(states) * size**-0.5, size)
+            states = layer.crossattention.output(attend(query, *cross, cross_mask), states)
+        return layer.feed_forward_chunk(states), key, value
 
 
 class Decoder(CachedDecoder):
     """The text decoder; `attention_mask` hides what pads the question."""
-
-    layers: Any
 
     def decode(
         self,
@@ -96,17 +137,16 @@ class Decoder(CachedDecoder):
         cross_mask = None if attention_mask is None else padding(attention_mask)
         present = []
         for i, layer in enumerate(self.layers):
-            own, other = layer.attention.self, layer.crossattention.self
-            size = own.attention_head_size
-            key = torch.cat([cache[f"past_key_{i}"], heads(own.key(states), size)], 2)
-            value = torch.cat([cache[f"past_value_{i}"], heads(own.value(states), size)], 2)
-            query = heads(own.query(states) * size**-0.5, size)
-            states = layer.attention.output(attend(query, key, value, mask), states)
-            query = heads(other.query(states) * size**-0.5, size)
-            seen = attend(query, cache[f"cross_key_{i}"], cache[f"cross_value_{i}"], cross_mask)
-            states = layer.feed_forward_chunk(layer.crossattention.output(seen, states))
+            past, cross = (cache[f"past_key_{i}"], cache[f"past_value_{i}"]), cached_cross(cache, i)
+            states, key, value = layer(states, mask, past, cross, cross_mask)
             present += [key, value]
         return self.head(states[:, -1]), *present
+
+
+def unlinked(attention: Any, states: Tensor) -> Tensor:
+    """What an attention without heads makes: its output's bias is left."""
+    output = attention.output
+    return output.LayerNorm(output.dense.bias + states)
 
 
 def padding(mask: Tensor) -> Tensor:
@@ -151,10 +191,11 @@ def components(model: Any) -> list[Component]:
 def _generation(text_decoder: Any, states: Port, *masks: Port) -> list[Component]:
     """cross_cache and decoder, which tells of `states`."""
     config, cache = text_decoder.config, CrossCache(text_decoder)
-    embed, layers, head = text_decoder.bert.embeddings, text_decoder.bert.encoder.layer, text_decoder.cls
+    blocks, embed, head = text_decoder.bert.encoder.layer, text_decoder.bert.embeddings, text_decoder.cls
+    layers: list[nn.Module] = [DecoderLayer(layer) for layer in blocks]
     own, other = (
         [(a.num_attention_heads, a.attention_head_size) for a in attentions]
-        for attentions in ([layer.attention.self for layer in layers], cache.attentions)
+        for attentions in ([layer.attention.self for layer in blocks], cache.attentions)
     )
     cross, most = cache_ports("cross", other, states.shape[1]), config.max_position_embeddings
     plain = decoder(embed, layers, head, own, (*masks, *cross), vocabulary=config.vocab_size, positions=most)
@@ -185,7 +226,9 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     output: dict[str, Any] = {"kind": "embeddings", "tensors": embeds, "match": "match_logits"}
     if not isinstance(model, BlipForImageTextRetrieval):
         settings = Settings(eos_token_id=config.sep_token_id)
-        output = settings.generation(config.num_hidden_layers, [config.bos_token_id], DEFAULT_NEW_TOKENS)
+        output = settings.generation(
+            len(model.text_decoder.bert.encoder.layer), [config.bos_token_id], DEFAULT_NEW_TOKENS
+        )
         output["text_prompt"] = isinstance(model, BlipForConditionalGeneration)
     most = config.max_position_embeddings
     text = text_spec(directory, ids="input_ids", mask="attention_mask", max_tokens=most)

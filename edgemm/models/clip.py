@@ -12,17 +12,19 @@ from typing import Any
 from transformers import CLIPModel
 
 from edgemm.models import Component, _transformers
-from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, output, text_encoder
+from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, output, text_encoder, token_layers
 from edgemm.models._processors import image_spec, text_spec
 
 
 def load(directory: Path) -> Any:
     """CLIPModel; any float width becomes FP32."""
-    return _transformers.load(directory, _transformers.choose(directory, {"CLIPModel": CLIPModel}), attentions, **EAGER)
+    return _transformers.load(
+        directory, _transformers.choose(directory, {"CLIPModel": CLIPModel}), attentions, tokens=token_layers, **EAGER
+    )
 
 
 def save(model: Any, directory: Path, source: Path) -> None:
-    _transformers.save(model, directory, source, attentions)
+    _transformers.save(model, directory, source, attentions, token_layers)
 
 
 def components(model: Any) -> list[Component]:

@@ -84,14 +84,34 @@ class Distances(nn.Module):
         return self.order(order[None]) + self.across(boxes[:, :, 0]) + self.down(boxes[:, :, 3])
 
 
+class BiasedLayer(nn.Module):
+    """An encoder layer whose heads use `columns` of the bias, all of them where it is None."""
+
+    def __init__(self, layer: Any, columns: list[int] | None) -> None:
+        super().__init__()
+        self.layer, self.columns = layer, columns
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        layer, attention = self.layer, self.layer.attention.self
+        size = attention.attention_head_size
+        query = heads(attention.query(hidden) * size**-0.5, size)
+        key, value = heads(attention.key(hidden), size), heads(attention.value(hidden), size)
+        seen = attend(query, key, value, bias if self.columns is None else bias[:, self.columns])
+        return layer.feed_forward_chunk(layer.attention.output(seen, hidden))
+
+
 class Fusion(nn.Module):
     """Words and image tokens in one sequence. `head` reads the first word, or every word; None: all is given."""
 
     def __init__(self, base: Any, head: nn.Module | None, *, every_word: bool) -> None:
         super().__init__()
-        self.words, self.layernorm, self.layers = base.embeddings, base.LayerNorm, base.encoder.layer
+        self.words, self.layernorm = base.embeddings, base.LayerNorm
         self.distances = Distances(base) if base.config.has_relative_attention_bias else None
-        self.columns = bias_heads(base.config)
+        every = base.config.num_attention_heads if self.distances else 0
+        self.layers = nn.ModuleList(
+            BiasedLayer(layer, columns if len(columns) < every else None)
+            for layer, columns in zip(base.encoder.layer, bias_heads(base.config), strict=True)
+        )
         self.head, self.every_word = head, every_word
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, bbox: Tensor, image_tokens: Tensor) -> Tensor:
@@ -99,14 +119,8 @@ class Fusion(nn.Module):
         hidden = self.layernorm(torch.cat([self.words(input_ids, bbox), image_tokens], 1))
         mask = F.pad((1.0 - attention_mask.float()) * HIDDEN, (0, image_tokens.shape[1]))[:, None, None]
         bias = mask if self.distances is None else mask + self.distances(bbox)
-        for layer, columns in zip(self.layers, self.columns, strict=True):
-            attention = layer.attention.self
-            size = attention.attention_head_size
-            query = heads(attention.query(hidden) * size**-0.5, size)
-            key, value = heads(attention.key(hidden), size), heads(attention.value(hidden), size)
-            every = self.distances is None or len(columns) == bias.shape[1]
-            seen = attend(query, key, value, bias if every else bias[:, columns])
-            hidden = layer.feed_forward_chunk(layer.attention.output(seen, hidden))
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
         if self.head is None:
             return hidden
         return self.head(hidden[:, : input_ids.shape[1]] if self.every_word else hidden[:, 0])

@@ -109,14 +109,15 @@ class GPT2Layer(nn.Module):
         self.block = block
 
     def forward(
-        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair
+        self, states: torch.Tensor, mask: torch.Tensor, past: Pair, cross: Pair | None, cross_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block, own, other = self.block, self.block.attn, self.block.crossattention
         query, key, value = (heads(x, own.head_dim) for x in own.c_attn(block.ln_1(states)).chunk(3, -1))
         key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         states = states + own.c_proj(attend(query * own.scaling, key, value, mask))
         query = heads(other.q_attn(block.ln_cross_attn(states)), other.head_dim)
-        states = states + other.c_proj(attend(query * other.scaling, *cross, None))
+        assert cross  # q, k and v of GPT-2 are one matrix: its heads stay
+        states = states + other.c_proj(attend(query * other.scaling, *cross, cross_mask))
         return states + block.mlp(block.ln_2(states)), key, value
 
 
@@ -154,7 +155,10 @@ def components(model: Any) -> list[Component]:
         blocks = parts.layers
         own, cross = [b.self_attn for b in blocks], [b.encoder_attn for b in blocks]
         embed, head = TrOCREmbed(parts), model.decoder.output_projection
-        layers, keys = [BartLayer(b, normalize_first=False) for b in blocks], [BartKeys(a) for a in cross]
+        layers, keys = (
+            [BartLayer(b, normalize_first=False) for b in blocks],
+            [BartKeys(a) for a in cross if a.num_heads],
+        )
     else:
         parts = model.decoder.transformer
         blocks = parts.h
@@ -200,8 +204,9 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     """An image to text, as transformers' generate makes it."""
     settings: Settings = read_settings(model, directory)
     prompt = [settings.start]
-    layers = model.config.decoder.num_hidden_layers
+    decoder = model.decoder
+    layers = decoder.model.decoder.layers if hasattr(decoder, "model") else decoder.transformer.h
     return {
         "image": image_spec(directory, "pixel_values"),
-        "output": settings.generation(layers, prompt, settings.new_tokens(prompt)),
+        "output": settings.generation(len(layers), prompt, settings.new_tokens(prompt)),
     }

@@ -9,7 +9,15 @@ from transformers import VisionTextDualEncoderModel
 
 from edgemm.errors import InputError
 from edgemm.models import Component, _transformers
-from edgemm.models._dual_encoders import EAGER, attentions, image_encoder, max_tokens, output, text_encoder
+from edgemm.models._dual_encoders import (
+    EAGER,
+    attentions,
+    image_encoder,
+    max_tokens,
+    output,
+    text_encoder,
+    token_layers,
+)
 from edgemm.models._processors import image_spec, text_spec
 
 TOWERS = {
@@ -25,11 +33,11 @@ def load(directory: Path) -> Any:
     for part, known in TOWERS.items():
         if (model_type := (config.get(part) or {}).get("model_type")) not in known:
             raise InputError(f"{directory}: {part} has model_type {model_type!r}", fix=f"known: {', '.join(known)}")
-    return _transformers.load(directory, cls, attentions, **EAGER)
+    return _transformers.load(directory, cls, attentions, tokens=token_layers, **EAGER)
 
 
 def save(model: Any, directory: Path, source: Path) -> None:
-    _transformers.save(model, directory, source, attentions)
+    _transformers.save(model, directory, source, attentions, token_layers)
 
 
 def components(model: Any) -> list[Component]:

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import ViTForImageClassification, ViTModel
 
 from edgemm.models import Component, Tensor, _transformers
-from edgemm.models._dual_encoders import EAGER, attentions
+from edgemm.models._dual_encoders import EAGER, attentions, token_layers
 from edgemm.models._encoders import MAX_BATCH, ImageEncoder, drop_pooler, output, output_port
+from edgemm.models._key_tokens import left
 from edgemm.models._processors import image_spec
 
 CLASSES = {"ViTForImageClassification": ViTForImageClassification, "ViTModel": ViTModel}
@@ -17,11 +18,11 @@ CLASSES = {"ViTForImageClassification": ViTForImageClassification, "ViTModel": V
 
 def load(directory: Path) -> Any:
     cls = _transformers.choose(directory, CLASSES)
-    return _transformers.load(directory, cls, attentions, drop_pooler, unread="pooler.", **EAGER)
+    return _transformers.load(directory, cls, attentions, drop_pooler, unread="pooler.", tokens=token_layers, **EAGER)
 
 
 def save(model: Any, directory: Path, source: Path) -> None:
-    _transformers.save(model, directory, source, attentions)
+    _transformers.save(model, directory, source, attentions, token_layers)
 
 
 def components(model: Any) -> list[Component]:
@@ -32,9 +33,8 @@ def components(model: Any) -> list[Component]:
 
 
 def features(model: Any) -> Tensor:
-    """The class token and one token a patch."""
-    patches = (model.config.image_size // model.config.patch_size) ** 2
-    return Tensor("image_tokens", "float32", ("batch", 1 + patches, model.config.hidden_size))
+    """The class token and one token a patch, of those that stay."""
+    return Tensor("image_tokens", "float32", ("batch", 1 + left(token_layers(model)), model.config.hidden_size))
 
 
 def program(model: Any, directory: Path) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class AudioEncoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.encoder = model.model.encoder
-        self.cross = nn.ModuleList(BartKeys(layer.encoder_attn) for layer in model.model.decoder.layers)
+        cross = (layer.encoder_attn for layer in model.model.decoder.layers)
+        self.cross = nn.ModuleList(BartKeys(attention) for attention in cross if attention.num_heads)
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.keys(self.encoder(input_features).last_hidden_state)
@@ -62,7 +63,8 @@ class AudioEncoder(nn.Module):
 class MergedPaddingEncoder(AudioEncoder):
     """An AudioEncoder that takes the recording and the beginning of the silence after it, not 30 s.
 
-    input_features float32[B,M,F], which end with two positions of silence -> keys and values of n + m positions.
+    input_features float32[B,M,F], which end with two positions of silence -> keys and values of n + m positions, and
+    what is added to the scores of the decoder's queries, float32[B,1,1,n+m].
 
     Whisper pads every recording to P = 1500 positions, and what the padding holds differs by the embedding of its
     position alone. Of the P - n positions that were not given, m stay, one for `stride`: each has the weight of those
@@ -89,7 +91,7 @@ class MergedPaddingEncoder(AudioEncoder):
         bias = torch.cat([torch.zeros(given), weight.clamp(min=1e-6).log()])[None, None, None]
         for layer in encoder.layers:
             states = layer(states, bias)
-        return self.keys(encoder.layer_norm(states))
+        return *self.keys(encoder.layer_norm(states)), bias.expand(states.shape[0], -1, -1, -1)
 
 
 class Embed(nn.Module):
@@ -120,6 +122,8 @@ def components(model: Any) -> list[Component]:
         for name in ("self_attn", "encoder_attn")
     )
     made = cache_ports("cross", cross, "keys" if merged else positions)
+    if merged:
+        made = (*made, Tensor("cross_bias", "float32", ("batch", 1, 1, "keys")))
     encoder, sizes, least = AudioEncoder(model), {"batch": MAX_BATCH}, {}
     if merged:
         encoder, least = MergedPaddingEncoder(model, merged["stride"]), {"frames": 8}
@@ -166,7 +170,7 @@ def program(model: Any, directory: Path) -> dict[str, Any]:
     limit = min(wanted, positions - len(prompt))
     return {
         "audio": audio_spec(model, directory),
-        "output": settings.generation(model.config.decoder_layers, prompt, limit),
+        "output": settings.generation(len(model.model.decoder.layers), prompt, limit),
     }
 
 

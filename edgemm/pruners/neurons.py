@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edgemm.models._hidden_units import HiddenUnits, hidden_units, matrix
 from edgemm.pruners._calibration import grams, repair, watch
+from edgemm.pruners._scores import fisher
 from edgemm.pruners._selection import choose, matching
 from edgemm.recipe import Strict
 
@@ -24,14 +25,15 @@ class Options(Strict):
 
     multiple  each block is filled up to a multiple of so many units: engines pad to the width of a vector, and a
             convolution of 37 channels takes the time of one of 48 (16 floats in AVX-512)
-    score   activation: on calibration data, mean |activation| x norm of the columns that read it; magnitude: norm of
-            the row that makes a unit, its bias and what a batch norm makes of it x norm of those columns, no data
+    score   activation: on calibration data, mean |activation| x norm of the columns that read it; fisher: what the
+            answers lose without the unit, by the gradient on calibration data; magnitude: norm of the row that makes
+            a unit, its bias and what a batch norm makes of it x norm of those columns, no data
     layers  glob patterns over the names of the blocks; `edgemm inspect MODEL` lists them
     repair  correct what reads the units that stay by least squares on the calibration data
     """
 
     keep: float = Field(gt=0, le=1)
-    score: Literal["activation", "magnitude"] = "magnitude"
+    score: Literal["activation", "fisher", "magnitude"] = "magnitude"
     layers: tuple[str, ...] = Field(("*",), min_length=1)
     multiple: int = Field(1, ge=1)
     repair: bool = False
@@ -47,7 +49,10 @@ def prune(
     """
     del family  # blocks are found by their layout
     blocks = matching("neurons", hidden_units(model), options.layers)
-    scores = magnitude(blocks) if options.score == "magnitude" else activation(blocks, run)
+    if options.score == "fisher":
+        scores = fisher({b.name: (b.reads, b.units) for b in blocks}, run)
+    else:
+        scores = magnitude(blocks) if options.score == "magnitude" else activation(blocks, run)
     chosen = choose([scores[b.name] for b in blocks], options.keep)
     kept = [filled(scores[b.name], units, options.multiple) for b, units in zip(blocks, chosen, strict=True)]
     if options.repair and options.keep < 1:

@@ -7,19 +7,22 @@ import io
 import logging
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import onnx
 from numpy.typing import NDArray
 from pydantic import Field
 
-from edgemm.errors import ToolchainError
+from edgemm.errors import InputError, ToolchainError
 from edgemm.recipe import Strict
 
 
 class Options(Strict):
     """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; `ranges`: how activations' ranges are found.
 
+    preset       performance: all symmetric; mixed: zero points where activations, or weights alone, are one-sided
     weight_only  weights alone are INT8, per channel, and activations stay in float: for decoders, whose time
                  goes into reading weights, and whose activations collapse in INT8
     """
@@ -28,12 +31,25 @@ class Options(Strict):
     smooth_quant: float = Field(0.5, ge=-1, le=1)
     ranges: Literal["minmax", "histogram"] = "minmax"
     weight_only: bool = False
-    keep_float: tuple[str, ...] = Field((), description="ONNX op types that stay in float")
+    keep_float: tuple[str, ...] = Field((), description="what stays in float: ONNX op types, or glob patterns of nodes")
 
 
 def needs_samples(options: Options) -> bool:
     """Whether activations' ranges are to be found."""
     return not options.weight_only
+
+
+def kept(model: onnx.ModelProto, patterns: Sequence[str]) -> list[str]:
+    """Names of the nodes whose op type or name a pattern matches; InputError for one that matches none."""
+    found: list[str] = []
+    for pattern in patterns:
+        nodes = [n.name for n in model.graph.node if n.op_type == pattern or fnmatchcase(n.name, pattern)]
+        if not nodes:
+            known = sorted({n.name for n in model.graph.node} | {n.op_type for n in model.graph.node})
+            near = get_close_matches(pattern, known, n=3) or known[:3]
+            raise InputError(f"quantize.keep_float: {pattern!r} matches no node", fix=f"near: {', '.join(near)}")
+        found += nodes
+    return found
 
 
 def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]], options: Options) -> onnx.ModelProto:
@@ -48,14 +64,14 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
     nncf.set_log_level(logging.ERROR)
     if options.weight_only:
         with contextlib.redirect_stdout(io.StringIO()):
-            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+            mode = "INT8_SYM" if options.preset == "performance" else "INT8_ASYM"
+            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode])
     advanced = AdvancedQuantizationParameters(
         smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=options.smooth_quant)
     )
     if options.ranges == "histogram":
         advanced.activations_range_estimator_params = RangeEstimatorParametersSet.HISTOGRAM
-    present = {node.op_type for node in model.graph.node}
-    ignored = [t for t in ("Gather", *options.keep_float) if t in present]
+    ignored = [*kept(model, options.keep_float), *(n.name for n in model.graph.node if n.op_type == "Gather")]
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars; our stdout carries the result alone
         return nncf.quantize(
             model,
@@ -63,6 +79,6 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
             preset=nncf.QuantizationPreset(options.preset),
             subset_size=len(samples),
             model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(types=ignored) if ignored else None,
+            ignored_scope=nncf.IgnoredScope(names=sorted({*ignored})) if ignored else None,
             advanced_parameters=advanced,
         )

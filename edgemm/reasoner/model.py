@@ -97,21 +97,27 @@ class FusionLayer(nn.Module):
         nn.init.zeros_(self.cross_attention.q_proj.bias)
         self.cross_attention.k_proj.load_state_dict(self.cross_attention.q_proj.state_dict())
         self.fc1, self.fc2 = nn.Linear(d, config.ffn_ratio * d), nn.Linear(config.ffn_ratio * d, d)
+        self.key_tokens: nn.Module | None = None
 
-    def forward(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """text [B,T,D], mask additive [B,1,1,T], image [N,P,D] with B a multiple of N -> [B,T,D].
+    def forward(self, text: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """text [B,T,D], mask additive [B,1,1,T], image [N,P,D] with B a multiple of N -> [B,T,D], image.
 
         Where B > N (training), the B/N questions of an image stand together and share its keys.
+        With `key_tokens`, which pruning attaches, B = N and the image that goes on is [B,K,D].
         """
         x = self.self_norm(text)
         text = text + self.self_attention(x, x, mask)
         x = self.cross_norm(text)
-        if text.shape[0] == image.shape[0]:
+        if self.key_tokens is not None:
+            image = self.key_tokens(x, image, mask[:, 0, 0].exp())
+        if not self.cross_attention.heads:
+            text = text + self.cross_attention.o_proj.bias
+        elif text.shape[0] == image.shape[0]:
             text = text + self.cross_attention(x, image)
         else:
             grouped = x.reshape(image.shape[0], -1, x.shape[-1])
             text = text + self.cross_attention(grouped, image).reshape(x.shape)
-        return text + self.fc2(F.gelu(self.fc1(self.ffn_norm(text))))
+        return text + self.fc2(F.gelu(self.fc1(self.ffn_norm(text)))), image
 
 
 class ImageEncoder(nn.Module):
@@ -179,7 +185,7 @@ class Fusion(nn.Module):
         """text_tokens [B,T,D], attention_mask int64 [B,T], image_tokens [N,P,D] -> logits [B,A]."""
         mask = additive_mask(attention_mask, text_tokens.dtype)
         for layer in self.layers:
-            text_tokens = layer(text_tokens, mask, image_tokens)
+            text_tokens, image_tokens = layer(text_tokens, mask, image_tokens)
         return self.answer(F.gelu(self.hidden(self.norm(text_tokens[:, 0]))))
 
 

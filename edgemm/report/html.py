@@ -23,7 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from edgemm.report import markdown
-from edgemm.report.schema import Accuracy, Latency, Layer, Memory, Report, Size, TargetReport
+from edgemm.report.schema import Accuracy, Latency, Layer, Memory, Report, Sensitivity, Size, TargetReport
 
 INK, MUTED, FP32, COMPRESSED, BEYOND = "#1f2933", "#52606d", "#b8c2cc", "#0072b2", "#d55e00"
 # Light enough everywhere for the cross of a removed head to be seen on it.
@@ -49,6 +49,7 @@ STYLE = {
 LABEL = {"textcoords": "offset points", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.0}}
 WIDTH_IN = 10.4
 LABEL_CHARS = 46
+MOST_SENSITIVE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def render(report: Report) -> str:
 def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
     """Accuracy, latency, memory and size, links of one target; `prefix` keeps SVG ids apart."""
     row = {r.name: r for r in markdown.comparison(target)}
-    accuracy = latency = bars = links = None
+    accuracy = latency = bars = links = sensitivity = None
     if target.accuracy:
         alt = "; ".join(f"{a.metric}: {row[a.metric].change}" for a in target.accuracy)
         accuracy = svg(accuracy_figure(target.accuracy), f"{prefix}a", f"Drop against the margin. {alt}")
@@ -94,6 +95,10 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
         layers = target.pruning.layers
         alt = f"Heads kept of {len(layers)} layers: " + ", ".join(f"{x.name} {kept(x)}" for x in layers)
         links = svg(links_figure(layers), f"{prefix}p", alt)
+    if rows := [(t.component, s) for t in target.tuning for s in t.sensitivity]:
+        alt = "Most sensitive to INT8: " + ", ".join(f"{n} {s.name} {s.gain_db:.2f} dB" for n, s in most(rows))
+        sensitivity = svg(sensitivity_figure(most(rows)), f"{prefix}s", alt)
+    found = [Picture("Sensitivity to INT8", "What outputs gain when a product is not rounded.", sensitivity)]
     return (
         Picture(
             "Accuracy",
@@ -103,7 +108,19 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
         Picture("Latency", markdown.timing_note(target), latency),
         Picture("Size and memory", "Compiled components on disk; peak resident memory of a fresh process.", bars),
         Picture("Attention links", "One cell a head, darker = higher score. Crossed and hatched: removed.", links),
+        *(found if rows else ()),
     )
+
+
+def most(rows: Sequence[tuple[str, Sensitivity]]) -> list[tuple[str, Sensitivity]]:
+    """The products whose INT8 costs most."""
+    return sorted(rows, key=lambda row: -row[1].gain_db)[:MOST_SENSITIVE]
+
+
+def save_links(layers: Sequence[Layer], file: Path) -> None:
+    """The picture of links that the page has, in a file; none of them removed."""
+    with style.context(["default", STYLE], after_reset=True):
+        links_figure(layers).savefig(file, dpi=150, metadata={"Software": None} if file.suffix == ".png" else None)
 
 
 def svg(figure: Figure, prefix: str, label: str) -> Markup:
@@ -206,6 +223,19 @@ def bars(ax: Axes, title: str, values: tuple[float, float] | None) -> None:
     ax.set_xlim(0, max(*values, 1e-9) * 1.25)
     ax.invert_yaxis()
     ax.tick_params(length=0)
+
+
+def sensitivity_figure(rows: Sequence[tuple[str, Sensitivity]]) -> Figure:
+    """A bar a product, in dB."""
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + 0.22 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    names = [f"{component}  {s.name}"[:LABEL_CHARS] for component, s in rows]
+    ax.barh(range(len(rows)), [s.gain_db for _, s in rows], color=COMPRESSED, height=0.62)
+    ax.set_yticks(range(len(rows)), names)
+    ax.set_xlabel("dB")
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    return figure
 
 
 def links_figure(layers: Sequence[Layer]) -> Figure:

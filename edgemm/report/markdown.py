@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport
+from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport, Tuned
 
 NOT_MEASURED = "not measured"
 ENGINE_HEAD = ("engine", "INT8 products", "fused attention", "nodes in FP32", "layers")
@@ -44,6 +44,8 @@ def section(target: TargetReport) -> list[str]:
         lines += table(("", "before", "after", "change"), rows, numbers=(1, 2, 3))
     else:
         lines += [NOT_MEASURED, ""]
+    if target.tuning:
+        lines += ["### INT8", "", *table(TUNED_HEAD, map(tuned_cells, target.tuning), numbers=(1, 2))]
     if target.level:
         lines += [f"### Level {target.level}", "", plain(target.established), ""]
     if target.layers:
@@ -51,6 +53,16 @@ def section(target: TargetReport) -> list[str]:
     if target.notes:
         lines += ["### Notes", "", *(f"- {plain(note)}" for note in target.notes), ""]
     return [*lines, f"Bundle: {plain(bundle_line(target))}", ""]
+
+
+TUNED_HEAD = ("component", "SQNR, dB", "asked", "SmoothQuant", "ranges", "in float")
+
+
+def tuned_cells(found: Tuned) -> tuple[str, ...]:
+    """What the search for INT8 chose for a component."""
+    smooth = "off" if found.smooth_quant < 0 else f"{found.smooth_quant:g}"
+    floats = ", ".join(found.keep_float) or "nothing"
+    return found.component, f"{found.sqnr_db:.1f}", f"{found.wanted_db:.1f}", smooth, found.ranges, floats
 
 
 def headline(target: TargetReport) -> str:
@@ -118,6 +130,9 @@ def pruning_summary(pruning: Pruning) -> list[Row]:
             rows.append(
                 Row(name, f"{before} links, {heads_before} heads", f"{after} links, {heads_after} heads", change)
             )
+            before, after = sum(x.keys_before or 0 for x in layers), sum(x.keys_after or 0 for x in layers)
+            if before != after:
+                rows.append(Row(f"{name}, keys", f"{before} keys", f"{after} keys", relative(before, after)))
     if pruning.hidden:
         before, after = sum(x.units_before for x in pruning.hidden), sum(x.units_after for x in pruning.hidden)
         rows.append(Row("hidden units", f"{before} units", f"{after} units", relative(before, after)))
@@ -126,6 +141,9 @@ def pruning_summary(pruning: Pruning) -> list[Row]:
         ("MACs", pruning.macs_before, pruning.macs_after),
     ):
         rows.append(Row(name, measure(before / 1e6, "M"), measure(after / 1e6, "M"), relative(before, after)))
+    if pruning.zero_weights > 0.01 * pruning.parameters_after:  # a row of padding in a table is no finding
+        share = f"{100 * pruning.zero_weights / pruning.parameters_after:.1f} % of the parameters"
+        rows.append(Row("zero weights", "", measure(pruning.zero_weights / 1e6, "M"), share))
     return rows
 
 

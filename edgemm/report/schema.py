@@ -103,7 +103,8 @@ class Layer(Strict):
     """One attention layer before and after pruning. A link is one head of the edge queries -> keys.
 
     scores   of each head before pruning, None when nothing was scored;  kept  the heads that stayed
-    keys     width of the key (and value) projection: heads x head_dim
+    keys     key positions that the layer projects, of one input at its largest size; within a link, one each. None
+             where q, k and v are one matrix
     """
 
     name: str
@@ -114,8 +115,8 @@ class Layer(Strict):
     links_after: int
     heads_before: int
     heads_after: int
-    keys_before: int
-    keys_after: int
+    keys_before: int | None
+    keys_after: int | None
     scores: tuple[float, ...] | None
     kept: tuple[int, ...]
 
@@ -129,7 +130,10 @@ class Units(Strict):
 
 
 class Pruning(Strict):
-    """What left the model. MACs are of one input at its largest size."""
+    """What left the model. MACs are of one input at its largest size.
+
+    zero_weights   of the parameters that stay: they are multiplied by as the others are, see `notes`
+    """
 
     layers: tuple[Layer, ...]
     hidden: tuple[Units, ...] = ()
@@ -137,6 +141,38 @@ class Pruning(Strict):
     parameters_after: int
     macs_before: int
     macs_after: int
+    zero_weights: int = 0
+
+
+class Trial(Strict):
+    """What one set of options gave on held-back calibration samples."""
+
+    smooth_quant: float
+    ranges: str
+    sqnr_db: float
+
+
+class Sensitivity(Strict):
+    """What one product's INT8 costs: what the component's outputs gain, in dB, when its activations are not rounded."""
+
+    name: str
+    gain_db: float
+
+
+class Tuned(Strict):
+    """What edgemm/tuning.py chose for a component, and why. `sensitivity` is empty where smoothing and ranges sufficed.
+
+    sqnr_db   of the component's outputs against FP32 on held-back calibration samples;  wanted_db  what was asked
+    """
+
+    component: str
+    wanted_db: float
+    sqnr_db: float
+    smooth_quant: float
+    ranges: str
+    keep_float: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    sensitivity: tuple[Sensitivity, ...]
 
 
 class Gate(Strict):
@@ -185,12 +221,13 @@ class TargetReport(Strict):
     name: str
     verdict: Verdict
     accuracy: tuple[Accuracy, ...]
-    latency: Latency | None
-    memory: Memory | None
-    size: Size | None
-    pruning: Pruning | None
+    latency: Latency | None = None
+    memory: Memory | None = None
+    size: Size | None = None
+    pruning: Pruning | None = None
+    tuning: tuple[Tuned, ...] = ()
     gates: tuple[Gate, ...]
-    bundle: BundleFile | None
+    bundle: BundleFile | None = None
     level: Level | None = None
     level_asked: Level | None = None
     established: str = ""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgemm.errors import InputError, ToolchainError
 
 Tensors = Mapping[str, NDArray[Any]]
+Call = Callable[[Tensors], dict[str, NDArray[Any]]]
 FOREIGN = "run edgemm compress again for this GPU and this version of TensorRT"
 
 
@@ -59,14 +60,13 @@ class Cuda:
         self.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
 
-def load(
-    trt: ModuleType, engine_bytes: bytes, component: dict[str, Any], cuda: Cuda
-) -> Callable[[Tensors], dict[str, NDArray[Any]]]:
-    """The engine as a call from named inputs to named outputs, on the first CUDA device.
+def load(trt: ModuleType, files: Mapping[str, bytes], component: dict[str, Any], cuda: Cuda) -> Call:
+    """A component's engine as a call from named inputs to named outputs, on the first CUDA device.
 
     component   its entry in program.json
     Raises ToolchainError for an engine of another GPU or version, and for inputs outside its profile.
     """
+    engine_bytes = engine_of(files, component["name"])
     logger = trt.Logger(trt.Logger.ERROR)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(engine_bytes)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
-
-from numpy.typing import NDArray
 
 from edgemm.errors import ToolchainError
 from edgemm.runtime import _tensorrt
 
 
-def compile_component(
-    files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]
-) -> Callable[[_tensorrt.Tensors], dict[str, NDArray[Any]]]:
-    """Load `component` from its engine; the returned call maps named inputs to named outputs.
-
-    settings   of the program; an engine has them built in
-    """
-    del settings
+def library() -> ModuleType:
     try:
         import tensorrt as trt
     except ImportError as e:
         raise ToolchainError(
-            "TensorRT is not installed", fix="nothing for a Jetson but JetPack; elsewhere pip install tensorrt"
+            "TensorRT is not installed: graphs for a Jetson are made, linted and simulated here (L1), and the engine "
+            "is built on the device",
+            fix="nothing for compile: on-device; for compile: host install TensorRT beside the GPU",
         ) from e
-    return _tensorrt.load(trt, _tensorrt.engine_of(files, component["name"]), component, _tensorrt.Cuda())
+    return trt
+
+
+def compile_component(
+    files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]
+) -> _tensorrt.Call:
+    """Load `component` from its engine; `settings` are built into that."""
+    del settings
+    return _tensorrt.load(library(), files, component, _tensorrt.Cuda())

@@ -26,29 +26,22 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
     """
     backend = plugins.plugin("backends", target.backend)
     settings = {"threads": target.threads, "precision": precision}
-    fields = {"compile", "sm", "opset_max", "precisions", "shapes", "memory_mb"}
-    hardware = target.model_dump(mode="json", include=fields) if target.dialect == "tensorrt" else {}
+    hardware = target.model_dump(
+        mode="json", include={"compile", "sm", "opset_max", "precisions", "shapes", "memory_mb", "static"}
+    )
 
     def make(out: Path) -> None:
         layers: dict[str, Any] = {}
         program = graph.json("program.json")
-        for component in program["components"]:
-            if target.static:
-                fix_shapes(component, program)
-        if target.dialect == "tensorrt":
-            checked = plugins.validate(Program, program, f"{graph.path}/program.json")
-            program["profiles"] = profiles(program["components"], checked.output.model_dump(), target)
+        shapes = shapes_of(program, target, f"{graph.path}/program.json")
         for component in program["components"]:
             name = component["name"]
             log(f"compile {graph.manifest.kind} {name} for {target.name}")
             cache = dict(program["output"]["cache"]) if is_decoder(component, program) else {}
-            if target.dialect == "tensorrt":
-                graphs = [graph.path / f"{name}.{p}.onnx" for p in target.precisions]
-                for file in [g for g in graphs if g.is_file()] or [graph.path / f"{name}.onnx"]:
-                    layers[file.stem] = backend.compile_component(file, out, program["profiles"][name], target, cache)
-                continue
-            shapes = {port["name"]: port["shape"] for port in component["inputs"]} if target.static else {}
-            backend.compile_component(graph.path / f"{name}.onnx", out, shapes, target, cache)
+            stems = (name, *(f"{name}.{p}" for p in target.precisions))
+            for file in filter(Path.is_file, (graph.path / f"{stem}.onnx" for stem in stems)):
+                if made := backend.compile_component(file, out, shapes.get(name, {}), target, cache):
+                    layers[file.stem] = made
         if layers:
             (out / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
         if (graph.path / "tokenizer.json").is_file():
@@ -60,10 +53,27 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
         "engine",
         runs,
         parents=[graph],
-        config={"backend": target.backend, "static": target.static, **settings, **hardware},
+        config={"backend": target.backend, **settings, **hardware},
         tools=backend.TOOLS,
         make=make,
     )
+
+
+def shapes_of(program: dict[str, Any], target: Target, where: str) -> dict[str, Any]:
+    """What the backend is to know of each component's inputs; `program` is changed to say it, too.
+
+    Fixed shapes by input where the target is static; for TensorRT optimization profiles, fixed or not.
+    """
+    if target.static:
+        for component in program["components"]:
+            fix_shapes(component, program)
+    if target.dialect == "tensorrt":
+        output = plugins.validate(Program, program, where).output.model_dump()
+        program["profiles"] = profiles(program["components"], output, target)
+        return dict(program["profiles"])
+    if not target.static:
+        return {}
+    return {c["name"]: {port["name"]: port["shape"] for port in c["inputs"]} for c in program["components"]}
 
 
 def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +16,65 @@ from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError
+from edgemm.graph.centering import center_vocabulary
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.recipe import Recipe
+from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import open_directory
 from edgemm.target import Target
+from edgemm.tuning import tune, unbiased
 
 STEPS = 4
 
 
 def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
-    """Quantize every component of `graph` in the target's dialect; see `plain` and `lowered`."""
-    return lowered(graph, recipe, target, runs) if target.dialect == "tensorrt" else plain(graph, recipe, runs)
+    """Quantize every component of `graph` in the target's dialect.
 
-
-def plain(graph: Artifact, recipe: Recipe, runs: Path) -> Artifact:
-    """<component>.onnx as the recipe's quantizer makes it; without a quantizer in the recipe, `graph` itself."""
-    if recipe.quantize is None:
+    openvino   <component>.onnx as the quantizer makes it; without one in the recipe, `graph` itself
+    tensorrt   <component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx: graph/lower.py
+    """
+    tensorrt = target.dialect == "tensorrt"
+    use = recipe.quantize.use if recipe.quantize and (not tensorrt or "int8" in target.precisions) else None
+    if not use and not tensorrt:
         return graph
-    use, options = recipe.quantize.use, options_of(graph, recipe)
-    quantizer = plugins.plugin("quantizers", use)
+    precisions = [p for p in target.precisions if p != "int8" or use]
+    options = options_of(graph, recipe) if use else {}
+
+    search = recipe.quantize.search if use and recipe.quantize else None
 
     def make(out: Path) -> None:
-        wanted = {n for n in options if quantizer.needs_samples(options[n])}
-        samples = record(graph, recipe, wanted)
-        for name in options:
-            log(f"quantize {name}: {use}, {len(samples[name])} samples")
-            model = quantizer.quantize(onnx.load(graph.path / f"{name}.onnx"), samples[name], options[name])
-            onnx.save(int8_tables(model), out / f"{name}.onnx")
-        copy_program(graph, out)
-
-    return build(
-        "quantized",
-        runs,
-        parents=[graph],
-        config={
-            "use": use,
-            "components": {n: o.model_dump(mode="json") for n, o in options.items()},
-            "calibration": recipe.calibration,
-            "seed": recipe.seed,
-        },
-        tools=("nncf", "onnx", "onnxruntime", "easy-vqa"),
-        make=make,
-    )
-
-
-def lowered(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
-    """<component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx, as TensorRT takes them."""
-    precisions = [p for p in target.precisions if p != "int8" or recipe.quantize]
-    options = options_of(graph, recipe) if "int8" in precisions else {}
-    use = recipe.quantize.use if recipe.quantize and options else None
-
-    def make(out: Path) -> None:
-        names = [c["name"] for c in graph.json("program.json")["components"]]
-        samples = record(graph, recipe, set(names))
-        for name in names:
-            model, quantized = onnx.load(graph.path / f"{name}.onnx"), None
+        quantizer: Any = plugins.plugin("quantizers", use) if use else None
+        program = graph.json("program.json")
+        specs = {c["name"]: c for c in program["components"]}
+        output = plugins.validate(Program, program, f"{graph.path}/program.json").output
+        logits = {output.decoder: output.logits} if isinstance(output, Generation) else {}
+        ranged = {n for n in specs if use and quantizer.needs_samples(options[n])}
+        samples = record(graph, recipe, set(specs) if tensorrt else ranged | set(logits))  # FP16 needs them, too
+        tuned = []
+        for name, spec in specs.items():
+            load = partial(read, graph, name)
+            quantized = None
             if use:
+                chosen = options[name]
+                if search and name in ranged:
+                    chosen, found = tune(spec, load(), samples[name], quantizer.quantize, chosen, search)
+                    tuned.append(found.model_dump(mode="json"))
                 log(f"quantize {name}: {use}, {len(samples[name])} samples")
-                quantized = plugins.plugin("quantizers", use).quantize(model, samples[name], options[name])
+                quantized = quantizer.quantize(load(), samples[name], chosen)
+                if name in logits:
+                    quantized = unbiased(quantized, load(), spec, samples[name], logits[name])
+            if not tensorrt:
+                onnx.save(int8_tables(quantized), out / f"{name}.onnx")
+                continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
-            for precision, made in lower(model, quantized, samples[name], target.opset_max, name).items():
+            for precision, made in lower(load(), quantized, samples[name], target.opset_max, name).items():
                 if kept := kept_in_float32(made):
                     log(f"{name}.{precision}: {len(kept)} nodes stay in FP32, the first is {kept[0]}")
                 onnx.save(made, out / f"{name}.{precision}.onnx")
         copy_program(graph, out)
+        (out / "tuning.json").write_text(json.dumps(tuned), encoding="utf-8")  # for the report
 
     return build(
         "quantized",
@@ -91,12 +86,18 @@ def lowered(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Arti
             "precisions": precisions,
             "use": use,
             "components": {n: o.model_dump(mode="json") for n, o in options.items()},
+            "search": search and search.model_dump(mode="json"),
             "calibration": recipe.calibration,
             "seed": recipe.seed,
         },
         tools=("nncf", "onnx", "onnxruntime", "easy-vqa"),
         make=make,
     )
+
+
+def read(graph: Artifact, name: str) -> onnx.ModelProto:
+    """The FP32 graph of a component, as a quantizer takes it best."""
+    return center_vocabulary(onnx.load(graph.path / f"{name}.onnx"))
 
 
 def options_of(graph: Artifact, recipe: Recipe) -> dict[str, Any]:

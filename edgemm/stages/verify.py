@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import is_random, split
@@ -62,6 +63,9 @@ def verify(
         elsewhere = target.dialect == "tensorrt"
         session = simulation(engine, target) if elsewhere else open_directory(engine.path)
         notes = [f"pruned: {', '.join(f'{p.use} {p.values}' for p in recipe.prune)}"] if pruning else []
+        for p in recipe.prune if pruning else ():
+            if note := getattr(plugins.plugin("pruners", p.use), "note", None):
+                notes.append(note(plugins.options("pruners", p.use, p.values, recipe.name), target))
         if not pruning:
             why = "the model came as a graph, and pruning needs torch modules"
             notes.append(f"nothing was pruned: {why if recipe.prune else 'the recipe has no pass for it'}")

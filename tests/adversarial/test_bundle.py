@@ -263,6 +263,58 @@ def test_compressed_member_and_zip_bomb_are_refused(tmp_path: Path) -> None:
     refuse(content, tmp_path)
 
 
+DRAWN = random.Random(0)
+SPARSE = bytes(DRAWN.randrange(256) if DRAWN.random() < 0.3 else 0 for _ in range(1 << 16))
+DEFLATED = write_bundle(MANIFEST, {"fusion.bin": SPARSE})
+
+
+def deflated(data: bytes, size: int, crc: int) -> bytes:
+    """DEFLATED with other bytes for its member, headers and all."""
+    files = {"fusion.bin": SPARSE}
+    made = bundle_module._layout(
+        [
+            bundle_module.Entry("manifest.json", head(files), 0, head(files)),
+            bundle_module.Entry("fusion.bin", SPARSE, 8, data),
+        ]
+    )
+    body = b"".join(made)
+    old, new = (struct.pack("<III", c, len(data), n) for c, n in ((zlib.crc32(SPARSE), len(SPARSE)), (crc, size)))
+    assert body.count(old) == 2
+    return seal(body.replace(old, new) + b"0" * HEX_DIGITS)
+
+
+def raw_deflate(content: bytes) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+    return packer.compress(content) + packer.flush()
+
+
+def test_a_deflated_member_is_read_and_other_readers_agree(tmp_path: Path) -> None:
+    assert len(DEFLATED) < 0.6 * len(SPARSE)
+    good = deflated(raw_deflate(SPARSE), len(SPARSE), zlib.crc32(SPARSE))
+    assert good == DEFLATED
+    (tmp_path / "m.edgemm").write_bytes(good)
+    assert read_bundle(tmp_path / "m.edgemm").files == {"fusion.bin": SPARSE}
+    assert zipfile.ZipFile(tmp_path / "m.edgemm").read("fusion.bin") == SPARSE
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (raw_deflate(SPARSE)[:-1], len(SPARSE)),  # cut
+        (raw_deflate(SPARSE) + b"x", len(SPARSE)),  # something hidden behind it
+        (raw_deflate(SPARSE), len(SPARSE) - 1),  # longer than it says
+        (raw_deflate(SPARSE), len(SPARSE) + 1),
+        (raw_deflate(SPARSE), 0xFFFFFFFE),  # memory
+        (b"\xff" * 20_000, len(SPARSE)),  # no such stream
+        (raw_deflate(bytes(1 << 26)), 1 << 26),  # a bomb
+        (raw_deflate(b"x"), 1),  # what edgemm stores as it is
+        (b"", 0),
+    ],
+)
+def test_a_deflated_member_that_is_not_what_it_says_is_refused(data: bytes, size: int, tmp_path: Path) -> None:
+    refuse(deflated(data, size, zlib.crc32(SPARSE)), tmp_path)
+
+
 @pytest.mark.parametrize("method", [8, 9, 12, 14, 93, 99, 0xFFFF])
 def test_member_of_another_compression_method_is_refused(method: int, tmp_path: Path) -> None:
     refuse(patched(SMALL, central(SMALL, 1) + 10, "<H", method), tmp_path)

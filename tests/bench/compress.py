@@ -1,5 +1,7 @@
 """The reference model side by side: torch, ONNX Runtime, OpenVINO, INT8 alone, pruned, pruned + INT8.
 
+"masked" has the heads that "pruned" removes, their weights zero: what zeros buy without smaller shapes.
+
     make bench                       all variants in turn in one process; ratios to the FP32 graph in OpenVINO
     .venv/bin/python tests/bench/compress.py --profile    where the milliseconds go, by kind of layer
 
@@ -9,6 +11,7 @@ Medians over interleaved rounds (A B C .. C B A); accuracy on the whole test spl
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections import defaultdict
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 
 from edgemm import console
-from edgemm.artifact import Artifact
+from edgemm.artifact import Artifact, build
 from edgemm.data import split
 from edgemm.metrics import accuracy
 from edgemm.models import find_family, read_model
@@ -60,9 +63,32 @@ def variants(source: Artifact, recipe: Recipe, target: Target, runs: Path) -> di
     return {
         "FP32": fp32,
         "INT8": quantize(fp32, recipe, target, runs),
+        "masked": export(masked(source, recipe, runs), recipe.export, runs),
         "pruned": pruned,
         "pruned + INT8": quantize(pruned, recipe, target, runs),
     }
+
+
+def masked(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
+    """`source` with weights of 0 where `prune` removes heads."""
+    layers = {x["name"]: x["kept"] for x in prune(source, recipe, runs).json("pruning.json")["layers"]}
+
+    def make(out: Path) -> None:
+        directory = source.path / "model"
+        family = find_family(directory)
+        model = read_model(family, directory)
+        for block in family.attentions(model):
+            gone = [h for h in range(block.heads) if h not in layers[block.name]]
+            *inner, o = block.linears
+            with torch.no_grad():
+                for linear in inner:
+                    linear.weight.unflatten(0, (block.heads, block.head_dim))[gone] = 0
+                    linear.bias.unflatten(0, (block.heads, block.head_dim))[gone] = 0
+                o.weight.unflatten(1, (block.heads, block.head_dim))[:, gone] = 0
+        family.save(model, out / "model", directory)
+        (out / "program.json").write_text(json.dumps(source.json("program.json")), encoding="utf-8")
+
+    return build("pruned", runs, parents=[source], config={"masked": layers}, make=make)
 
 
 def compare(

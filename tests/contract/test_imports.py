@@ -45,8 +45,11 @@ NO_PLUGINS = {  # what stages call a file for, where they don't call each of its
 }
 SHARED = (
     "edgemm.models",
+    "edgemm.models._blocks",
+    "edgemm.models._calibration",
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
+    "edgemm.models._key_tokens",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 
@@ -126,10 +129,14 @@ def may_import(module: str, imported: str) -> bool:
         return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "device":
         return other in ("core", "runtime", own) or imported in SHARED
-    if own in ("stages", "recheck"):
+    if own in ("stages", "recheck", "recovery", "tuning"):
         shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
+        if own == "stages" and other in ("recovery", "tuning"):
+            return True
         return other in shared or imported in SHARED or imported == module
     tops = ("pipeline", "inspection", "conformance", "device_report", "triton", "oci")
+    if own == "search":
+        return other not in tops
     if own in tops:
         return other not in tops or (own, other) == ("conformance", "inspection")
     return own in ("cli", "edgemm", "edgemm.__main__")

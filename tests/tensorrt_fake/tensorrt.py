@@ -70,6 +70,10 @@ class MemoryPoolType:
     WORKSPACE, DLA_MANAGED_SRAM = map(Value, range(2))
 
 
+class BuilderFlag:
+    DEBUG, SPARSE_WEIGHTS = map(Value, range(2))
+
+
 class NetworkDefinitionCreationFlag:
     EXPLICIT_BATCH, STRONGLY_TYPED = map(Value, range(2))
 
@@ -135,9 +139,14 @@ class IBuilderConfig:
     def __init__(self) -> None:
         self._cache = ITimingCache(b"")
         self._profiles: list[IOptimizationProfile] = []
+        self._sparse = ""
 
     def set_memory_pool_limit(self, pool: Value, pool_size: int) -> None:
         assert pool is MemoryPoolType.WORKSPACE and pool_size > 0
+
+    def set_flag(self, flag: Value) -> None:
+        assert flag is BuilderFlag.SPARSE_WEIGHTS
+        self._sparse = " sparse"
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
         known = not serialized_timing_cache or serialized_timing_cache.startswith(b"timing ")
@@ -231,7 +240,7 @@ class Builder:
         model = network._bytes
         if "log" in SETTINGS:
             with Path(SETTINGS["log"]).open("a") as f:
-                f.write(f"{config._cache._content.decode()}\n")
+                f.write(f"{config._cache._content.decode()}{config._sparse}\n")
         if misbehaves("kill_build", model):
             os.kill(os.getpid(), signal.SIGKILL)
         if misbehaves("fail_build", model):

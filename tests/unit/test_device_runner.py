@@ -325,6 +325,12 @@ def test_without_tensorrt_or_a_device_it_says_so(small_bundle: Path, run: Run, t
     assert done.returncode == 3 and "libnvinfer.so.10" in done.stderr and "fix:" in done.stderr
 
 
+def test_sparse_kernels_are_for_targets_that_ask_for_them(small_bundle: Path, run: Run, tmp_path: Path) -> None:
+    log = tmp_path / "built"
+    run(with_spec(devices.bundle(tmp_path, ["head"]), sparsity="2:4"), log=str(log))
+    assert [line.endswith(" sparse") for line in log.read_text().splitlines()] == [True, True]
+
+
 def test_the_boards_power_mode_is_recorded(tmp_path: Path, run: Run) -> None:
     bundle = with_spec(devices.bundle(tmp_path, ["head"]), power_mode="15W", workspace_mb=64)
     tool = tmp_path / "bin" / "nvpmodel"

@@ -32,7 +32,7 @@ from transformers import (
 
 from edgemm.backends import openvino as openvino_backend
 from edgemm.errors import InputError
-from edgemm.models import Component, vision_encoder_decoder, whisper
+from edgemm.models import Component, Tensor, vision_encoder_decoder, whisper
 from edgemm.models._graph import caller, check, onnx_export
 from edgemm.models._hidden_units import hidden_units, matrix
 from edgemm.plugins import plugin
@@ -532,6 +532,10 @@ def merged(directory: Callable[[str], Path], stride: int) -> tuple[Any, Componen
     return model, plain, whisper.components(model)[0]
 
 
+def port_shape(port: Tensor, sizes: dict[str, int]) -> list[int]:
+    return [sizes[axis] if isinstance(axis, str) else axis for axis in port.shape]
+
+
 def silent(frames: int) -> torch.Tensor:
     """Features [2,M,100] that are silence from frame `frames` on."""
     features = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(2))
@@ -543,19 +547,32 @@ def silent(frames: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_merging_positions_that_are_alike_changes_nothing(stride, directory):
     """Proportional attention over one of m equal keys, with weight m, is attention over all of them."""
-    _, plain, short = merged(directory, stride)
+    model, plain, short = merged(directory, stride)
     features = silent(40)
-    whole, part = plain.module(features), short.module(features[:, :, :48])
+    whole, (*part, bias) = plain.module(features), short.module(features[:, :, :48])
     for before, after in zip(whole, part, strict=True):
-        assert after.shape[2] == 24 + (50 - 24) // stride + 1
+        assert after.shape[2] == bias.shape[3] == 24 + (50 - 24) // stride + 1
         torch.testing.assert_close(after[:, :, :20], before[:, :, :20], rtol=1e-4, atol=1e-4)
+    decoder = whisper.components(model)[1]
+    cross = [port.name for port in decoder.inputs if port.name.startswith("cross_")]
+    made = {
+        port.name: torch.zeros(port_shape(port, {"batch": 2, "past": 1}))
+        for port in decoder.inputs
+        if "past" in port.name
+    }
+    made |= {"decoder_input_ids": torch.tensor([[3], [5]]), "position_ids": torch.zeros(2, 1, dtype=torch.int64)}
+    made |= {"decoder_attention_mask": torch.tensor([[0, 1], [0, 1]])}
+    logits, *_ = decoder.module(**made, **dict(zip(cross, [*whole, torch.zeros(2, 1, 1, 50)], strict=True)))
+    shorter, *_ = decoder.module(**made, **dict(zip(cross, [*part, bias], strict=True)))
+    torch.testing.assert_close(shorter, logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
 def test_merging_where_nothing_is_padded_changes_nothing(directory):
     _, plain, short = merged(directory, 16)
     features = silent(100)
-    for before, after in zip(plain.module(features), short.module(features), strict=True):
+    *made, _ = short.module(features)
+    for before, after in zip(plain.module(features), made, strict=True):
         torch.testing.assert_close(after[:, :, :50], before, rtol=1e-4, atol=1e-4)
 
 

@@ -220,7 +220,10 @@ def test_fusion_layer_takes_keys_of_another_length_than_the_text() -> None:
     torch.manual_seed(0)
     layer = FusionLayer(CONFIG).eval()
     text, mask = torch.randn(4, 5, 32), torch.zeros(4, 1, 1, 5)
-    assert layer(text, mask, torch.randn(2, 9, 32)).shape == text.shape
+    image = torch.randn(2, 9, 32)
+    made, same = layer(text, mask, image)
+    assert made.shape == text.shape
+    assert same is image
 
 
 @torch.inference_mode()

@@ -32,8 +32,8 @@ def layer(rng: random.Random, name: str, keys: str, keep: int) -> dict[str, Any]
         "links_after": keep,
         "heads_before": 12,
         "heads_after": keep,
-        "keys_before": 384,
-        "keys_after": 32 * keep,
+        "keys_before": 256 if keys == "image" else 16,
+        "keys_after": 32 if keys == "image" else 16,
         "scores": scores,
         "kept": sorted(best),
     }
@@ -160,6 +160,7 @@ def test_markdown_shows_the_numbers() -> None:
         "| size on disk | 61.48 MB | 11.99 MB | -80.5 % |",
         "| speed-up p50 | 3.084x | 2x | PASS | 95 % interval 3.05 to 3.12 |",
         "| cross-modal attention | 48 links, 48 heads | 22 links, 22 heads | -54.2 % |",
+        "| cross-modal attention, keys | 1024 keys | 128 keys | -87.5 % |",
         "| self-attention | 72 links, 72 heads | 40 links, 40 heads | -44.4 % |",
         "| MACs | 1,143 M | 874 M | -23.5 % |",
         "Bundle: runs/x86-openvino/reasoner-x86-openvino.edgemm (sha256 3f9a1c0b0b0b)",
@@ -214,6 +215,34 @@ def test_html_shows_the_numbers() -> None:
     assert text.count('<svg role="img" aria-label="') == 4
     assert "95 % upper bound 0.0012" in text and "margin 0.01" in text
     assert "fusion.layers.3.cross_attention 7 of 12" in text
+
+
+def test_html_lists_hidden_units() -> None:
+    row = target()
+    row["pruning"] = {
+        **row["pruning"],
+        "hidden": [{"name": "fusion.layers.0", "units_before": 768, "units_after": 192}],
+    }
+    page = html.render(report(row))
+    assert "fusion.layers.0</th>" in page and "768 → 192" in page and "25 %" in page
+
+
+def test_both_reports_say_what_the_search_for_int8_chose() -> None:
+    found = {
+        "component": "text_encoder",
+        "wanted_db": 30,
+        "sqnr_db": 31.25,
+        "smooth_quant": -1,
+        "ranges": "histogram",
+        "keep_float": ["node_7"],
+        "trials": [{"smooth_quant": -1, "ranges": "histogram", "sqnr_db": 28}],
+        "sensitivity": [{"name": "node_7", "gain_db": 3.5}, {"name": "node_9", "gain_db": 0.1}],
+    }
+    made = report(target(tuning=[found]))
+    assert "| text_encoder | 31.2 | 30.0 | off | histogram | node_7 |" in markdown.render(made).replace("\\", "")
+    page = html.render(made)
+    assert "Most sensitive to INT8: text_encoder node_7 3.50 dB, text_encoder node_9 0.10 dB" in page
+    assert "Sensitivity to INT8" not in html.render(report(target()))
 
 
 def test_html_stands_alone() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime import _tensorrt, tensorrt_rtx
 
+FILES = {"twice.fp16.engine": b"an engine"}
 COMPONENT = {
     "name": "twice",
     "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 3]}],
@@ -94,7 +95,7 @@ def fake(context: Context | None) -> Any:
 
 def test_inputs_go_in_and_outputs_come_back_for_growing_and_shrinking_batches() -> None:
     memory = Memory()
-    call = _tensorrt.load(fake(Context()), b"", COMPONENT, memory)  # type: ignore[arg-type]
+    call = _tensorrt.load(fake(Context()), FILES, COMPONENT, memory)  # type: ignore[arg-type]
     kept = []
     for rows in (1, 4, 2):
         x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
@@ -105,16 +106,16 @@ def test_inputs_go_in_and_outputs_come_back_for_growing_and_shrinking_batches() 
 
 
 def test_what_is_no_array_in_a_row_is_made_one() -> None:
-    call = _tensorrt.load(fake(Context()), b"", COMPONENT, Memory())  # type: ignore[arg-type]
+    call = _tensorrt.load(fake(Context()), FILES, COMPONENT, Memory())  # type: ignore[arg-type]
     x = np.arange(6, dtype=np.float32).reshape(3, 2).T
     np.testing.assert_array_equal(call({"x": x})["y"], 2 * x)
 
 
 def test_an_engine_of_another_gpu_an_input_outside_the_profile_and_a_failed_run_are_named() -> None:
     with pytest.raises(ToolchainError, match=r"TensorRT 10.3 cannot load twice.engine\n  fix: run edgemm compress"):
-        _tensorrt.load(fake(None), b"", COMPONENT, Memory())  # type: ignore[arg-type]
+        _tensorrt.load(fake(None), FILES, COMPONENT, Memory())  # type: ignore[arg-type]
     context = Context()
-    call = _tensorrt.load(fake(context), b"", COMPONENT, Memory())  # type: ignore[arg-type]
+    call = _tensorrt.load(fake(context), FILES, COMPONENT, Memory())  # type: ignore[arg-type]
     with pytest.raises(ToolchainError, match=r"twice: x \[5, 3\] is outside the engine's profile"):
         call({"x": np.zeros((5, 3), np.float32)})
     context.works = False
