@@ -26,6 +26,7 @@ from edgemm.artifact import canonical, locked, writing
 from edgemm.errors import InputError, ToolchainError, VerdictError
 from edgemm.plugins import validate
 from edgemm.recipe import Strict, Version
+from edgemm.runtime.archive import UNPACKED
 from edgemm.runtime.bundle import Bundle, read_bundle
 from edgemm.runtime.disk import read_regular, sync_directory, write_durable
 from edgemm.runtime.golden import TOLERANCE, golden_error
@@ -176,7 +177,9 @@ def _signature(bundle: Path) -> bytes | None:
 def _unpack(bundle: Bundle, signature: bytes | None, slot: Path) -> None:
     """The files of a checked bundle and its signature, each down to the disk, and then every directory."""
     place = slot / NAME
-    files = {"manifest.json": canonical(bundle.manifest).encode(), **bundle.files}
+    stored = {name: content for name, content in bundle.files.items() if name not in bundle.deflated}
+    packed = {name + UNPACKED: data for name, data in bundle.deflated.items()}
+    files = {"manifest.json": canonical(bundle.manifest).encode(), **stored, **packed}
     folders = sorted({folder for name in files for folder in (place / name).relative_to(slot).parents})
     for folder in folders:
         (slot / folder).mkdir()
