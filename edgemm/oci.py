@@ -18,7 +18,8 @@ from typing import Any
 from edgemm.artifact import canonical, locked, write_atomic
 from edgemm.errors import InputError
 from edgemm.plugins import validate
-from edgemm.runtime.bundle import MAX_FILE, read_bundle
+from edgemm.runtime.archive import MAX_FILE
+from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.disk import read_regular
 from edgemm.runtime.program import Program
 from edgemm.runtime.signature import MAX_SIGNATURE, signature_of

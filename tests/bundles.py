@@ -44,6 +44,7 @@ def tiny_bundle(
     if expected is not None:
         inputs["golden/expected.npz"] = array_bytes(np.savez, **expected)
     files |= inputs
+    files["check.npz"] = array_bytes(np.savez, **reference())
     manifest = {
         "version": version,
         "model": "tiny",
@@ -62,6 +63,14 @@ def tiny_bundle(
     }
     files["bom.cdx.json"] = bill_of_materials(manifest, files)
     return write_bundle(manifest, files)
+
+
+def reference(n: int = 2) -> dict[str, Any]:
+    """What verify reads: here with an output of many zeros, which a bundle deflates."""
+    hidden = np.zeros((n, 16384), np.float32)
+    hidden[:, ::3] = np.random.default_rng(0).standard_normal((n, 5462))
+    names = np.array([str(i) for i in range(n)])
+    return {"ids": names, "groups": names, "targets": np.array([""] * n), "out.hidden": hidden}
 
 
 def weighted(name: str, gain: float) -> bytes:

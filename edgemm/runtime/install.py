@@ -26,6 +26,7 @@ from edgemm.artifact import canonical, locked, writing
 from edgemm.errors import InputError, ToolchainError, VerdictError
 from edgemm.plugins import validate
 from edgemm.recipe import Strict, Version
+from edgemm.runtime.archive import UNPACKED
 from edgemm.runtime.bundle import Bundle, read_bundle
 from edgemm.runtime.disk import read_regular, sync_directory, write_durable
 from edgemm.runtime.golden import TOLERANCE, golden_error
@@ -68,7 +69,7 @@ def install(bundle: Path, root: Path, require_signature: Path | None = None, *, 
                 f"{bundle} has version {checked.version}, and {root} had {highest}",
                 fix="compress with a higher --set version=N; --force goes back",
             )
-        other = SLOTS[slot == SLOTS[0]]
+        other = _other(slot)
         try:
             _remove(root / STAGED)
             _unpack(checked, _signature(bundle), root / STAGED)
@@ -95,7 +96,7 @@ def rollback(root: Path, require_signature: Path | None = None) -> Path:
         slot, current = _slot(root), _current(root)
         if slot is None:
             raise InputError(f"there is nothing installed in {root}", fix="edgemm install BUNDLE --root DIR")
-        other = root / SLOTS[slot == SLOTS[0]] / NAME
+        other = root / _other(slot) / NAME
         if not other.is_dir():
             raise InputError(f"{root} holds no earlier bundle", fix="edgemm install BUNDLE --root DIR --force")
         self_test(read_bundle(other, require_signature), other)
@@ -130,6 +131,10 @@ def _slot(root: Path) -> str | None:
     if target not in SLOTS:
         raise InputError(f"{root}/current leads to {target!r}, which is no slot", fix="choose another --root")
     return target
+
+
+def _other(slot: str | None) -> str:
+    return "b" if slot == "a" else "a"
 
 
 def _current(root: Path) -> Bundle | None:
@@ -172,7 +177,9 @@ def _signature(bundle: Path) -> bytes | None:
 def _unpack(bundle: Bundle, signature: bytes | None, slot: Path) -> None:
     """The files of a checked bundle and its signature, each down to the disk, and then every directory."""
     place = slot / NAME
-    files = {"manifest.json": canonical(bundle.manifest).encode(), **bundle.files}
+    stored = {name: content for name, content in bundle.files.items() if name not in bundle.deflated}
+    packed = {name + UNPACKED: data for name, data in bundle.deflated.items()}
+    files = {"manifest.json": canonical(bundle.manifest).encode(), **stored, **packed}
     folders = sorted({folder for name in files for folder in (place / name).relative_to(slot).parents})
     for folder in folders:
         (slot / folder).mkdir()

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from edgemm.artifact import canonical
 from edgemm.errors import InputError
-from edgemm.runtime import bundle as bundle_module
-from edgemm.runtime.bundle import COMMENT, HEX_DIGITS, MAX_MEMBERS, read_bundle, write_archive, write_bundle
+from edgemm.runtime import archive
+from edgemm.runtime.archive import COMMENT, HEX_DIGITS, MAX_MEMBERS, write_archive
+from edgemm.runtime.bundle import read_bundle, write_bundle
 
 MANIFEST: dict[str, Any] = {
     "model": "reasoner",
@@ -138,7 +139,7 @@ def test_bytes_are_those_that_python_zipfile_writes() -> None:
 
 
 def test_bundle_too_large_for_a_plain_zip_is_refused_when_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "MAX_BYTES", 600)
+    monkeypatch.setattr(archive, "MAX_BYTES", 600)
     with pytest.raises(InputError, match=r"over 600 bytes[\s\S]*fix: "):
         write_bundle(MANIFEST, FILES)
 
@@ -271,10 +272,10 @@ DEFLATED = write_bundle(MANIFEST, {"fusion.bin": SPARSE})
 def deflated(data: bytes, size: int, crc: int) -> bytes:
     """DEFLATED with other bytes for its member, headers and all."""
     files = {"fusion.bin": SPARSE}
-    made = bundle_module._layout(
+    made = archive.layout(
         [
-            bundle_module.Entry("manifest.json", head(files), 0, head(files)),
-            bundle_module.Entry("fusion.bin", SPARSE, 8, data),
+            archive.Entry("manifest.json", head(files), 0, head(files)),
+            archive.Entry("fusion.bin", SPARSE, 8, data),
         ]
     )
     body = b"".join(made)
@@ -573,7 +574,7 @@ def survive(content: bytes, folder: Path) -> None:
         assert "\n  fix: " in str(e)
     else:
         assert listed(dict(read.files)) == read.manifest["files"]
-        assert all(bundle_module.MEMBER.fullmatch(name) for name in read.files)
+        assert all(archive.MEMBER.fullmatch(name) for name in read.files)
     assert [p.name for p in folder.iterdir()] == ["m.edgemm"]
 
 

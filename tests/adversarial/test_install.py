@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from edgemm.artifact import locked
 from edgemm.cli import build_app
 from edgemm.errors import InputError, ToolchainError, VerdictError
+from edgemm.runtime import archive
 from edgemm.runtime import install as module
 from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.install import NAME, install, rollback
@@ -71,6 +72,7 @@ def test_what_is_installed_answers_as_the_file_does_and_has_its_digest(
     place = install(bundles[1], root, keys[1])
     assert place == root / "current" / NAME
     assert read_bundle(place, keys[1]) == read_bundle(bundles[1])
+    assert (place / "check.npz~").stat().st_size < read_bundle(place).manifest["files"]["check.npz"]["size_bytes"]
     sessions = load_bundle(place, require_signature=keys[1]), load_bundle(bundles[1])
     unpacked, packed = (s.run(tensors={"x": np.ones(16, np.float32)}) for s in sessions)
     assert (unpacked.answer, unpacked.probability) == (packed.answer, packed.probability)
@@ -182,6 +184,22 @@ def test_a_slot_that_was_changed_is_found_when_it_is_read(name: str, bundles: Bu
         install(bundles[1], root)
     install(bundles[3], root)
     assert current(root) == 3
+
+
+def test_a_deflated_file_is_kept_as_it_is_in_the_archive(
+    bundles: Bundles, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device with another zlib would deflate it to other bytes, of another digest than what was signed."""
+    place = install(bundles[1], root)
+    monkeypatch.setattr(archive.zlib, "compressobj", None)
+    assert read_bundle(place).sha256 == read_bundle(bundles[1]).sha256
+    (place / "check.npz").write_bytes(b"x")
+    with pytest.raises(InputError, match="two files named"):
+        read_bundle(place)
+    (place / "check.npz").unlink()
+    (place / "check.npz~").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"is not deflated|can't be inflated"):
+        read_bundle(place)
 
 
 def test_a_foreign_file_or_link_in_a_slot_is_found(bundles: Bundles, root: Path) -> None:

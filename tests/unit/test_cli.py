@@ -20,7 +20,8 @@ import edgemm
 from edgemm import plugins
 from edgemm.cli import build_app
 from edgemm.recipe import load_recipe, shipped_files
-from edgemm.runtime.bundle import HEX_DIGITS, write_bundle
+from edgemm.runtime.archive import HEX_DIGITS
+from edgemm.runtime.bundle import write_bundle
 from edgemm.target import load_target
 
 GROUPS = {"recipes": load_recipe, "targets": load_target}
