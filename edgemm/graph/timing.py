@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ Shape = tuple[Any, ...]
 def measure(
     layers: Iterable[tuple[Shape, list[int]]], threads: int, whole: Callable[[], object]
 ) -> dict[tuple[Shape, int], float]:
-    """Latency of each layer graph at each of its widths, FP32 in OpenVINO, as a share of what `whole` takes.
+    """Time of each layer graph at each of its widths, FP32 in OpenVINO, as a share of what `whole` takes.
 
-    Layers of one shape are timed once. `whole` is timed with each shape in turn: a busy host slows both.
+    Layers of one shape are timed once, and `whole` in turn with each shape.
     """
     try:
         import openvino as ov
@@ -49,8 +49,12 @@ def measure(
 
 
 def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Median ms of each call, over rounds that go forth and back over all of them."""
-    times: list[list[float]] = [[] for _ in calls]
+    """Least processor ms of each call, over rounds that go forth and back over all of them.
+
+    Not wall time: on a busy host a short call slips through between two switches, and a long one never does, so that
+    the layers of a model would seem a third of it.
+    """
+    least = [math.inf for _ in calls]
     for call in calls:
         for _ in range(WARM_UP):
             call()
@@ -58,10 +62,10 @@ def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
         order = range(len(calls)) if round_ % 2 else range(len(calls) - 1, -1, -1)
         for i in order:
             for _ in range(RUNS):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 calls[i]()
-                times[i].append((time.perf_counter() - begin) * 1e3)
-    return [statistics.median(row) for row in times]
+                least[i] = min(least[i], (time.process_time() - begin) * 1e3)
+    return least
 
 
 def layer_graph(shape: Shape, width: int) -> Any:
