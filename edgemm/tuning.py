@@ -91,16 +91,11 @@ class Judge:
 
     def __init__(self, component: dict[str, Any], model: onnx.ModelProto, held: Sequence[Tensors]) -> None:
         self.component, self.held = component, held
-        self.wanted = self.outputs(model)
-
-    def outputs(self, model: onnx.ModelProto) -> list[dict[str, Any]]:
-        files = {f"{self.component['name']}.onnx": model.SerializeToString()}
-        call = onnxruntime.compile_component(files, self.component, {"threads": 2, "qdq": "as written"})
-        return [call(sample) for sample in self.held]
+        self.wanted = outputs(model, component, held)
 
     def __call__(self, model: onnx.ModelProto) -> float:
         signal = noise = 0.0
-        for wanted, got in zip(self.wanted, self.outputs(model), strict=True):
+        for wanted, got in zip(self.wanted, outputs(model, self.component, self.held), strict=True):
             for name, value in wanted.items():
                 scale = float(np.square(value, dtype=np.float64).mean()) or 1.0
                 signal += 1.0
@@ -120,8 +115,9 @@ def unbiased(
     """
     if not samples:
         return model
-    wanted, got = (_outputs(graph, component, samples, output) for graph in (fp32, model))
-    error = np.mean([(g - w).reshape(-1, w.shape[-1]).mean(0) for w, g in zip(wanted, got, strict=True)], 0)
+    pairs = zip(*(outputs(graph, component, samples) for graph in (fp32, model)), strict=True)
+    errors = [got[output].astype(np.float64) - wanted[output] for wanted, got in pairs]
+    error = np.mean([e.reshape(-1, e.shape[-1]).mean(0) for e in errors], 0)
     biased, bias = f"{output}_biased", f"{output}_bias"
     for node in model.graph.node:
         for names in (node.input, node.output):
@@ -133,10 +129,11 @@ def unbiased(
     return model
 
 
-def _outputs(model: onnx.ModelProto, component: dict[str, Any], samples: Sequence[Tensors], output: str) -> list[Any]:
+def outputs(model: onnx.ModelProto, component: dict[str, Any], samples: Sequence[Tensors]) -> list[dict[str, Any]]:
+    """What a graph of `component` makes of each sample, its Q/DQ computed as written."""
     files = {f"{component['name']}.onnx": model.SerializeToString()}
     call = onnxruntime.compile_component(files, component, {"threads": 2, "qdq": "as written"})
-    return [np.array(call(sample)[output], np.float64) for sample in samples]
+    return [call(sample) for sample in samples]
 
 
 def spread(samples: Sequence[Tensors], n: int) -> list[Tensors]:

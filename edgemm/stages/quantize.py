@@ -41,7 +41,6 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Art
         return graph
     precisions = [p for p in target.precisions if p != "int8" or use]
     options = options_of(graph, recipe) if use else {}
-
     search = recipe.quantize.search if use and recipe.quantize else None
 
     def make(out: Path) -> None:
