@@ -71,6 +71,8 @@ def factors(
     alpha   of 0 to 1; -1 leaves a layer as it is; "auto" takes for each layer, of TRIED, what rounds its products least
     layers  alphas by the names of products; those that share a LayerNorm share the last one's
     """
+    if alpha == OFF and not layers:
+        return {}
     view = View(model)
     groups = _groups(model, view)
     _observe(model, groups, samples)

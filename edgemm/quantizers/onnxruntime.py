@@ -20,6 +20,9 @@ from edgemm.graph.bypass import PRODUCTS, constant_products
 from edgemm.graph.smoothing import Alpha, Samples, smooth
 from edgemm.quantizers._static import Static, alphas, by_layer, installed, kept
 
+# A convolution is an integer kernel in ONNX Runtime only where its output is quantized, too, with the Relu behind it.
+PLACED = (*PRODUCTS, "Relu")
+
 
 class Options(Static):
     """`smooth_quant`: alpha of SmoothQuant, folded into LayerNorms; auto: each layer's own; -1 for off.
@@ -68,7 +71,7 @@ def _static(
     source = directory / "float.onnx"
     onnx.save(model, source)
     augmented = str(directory / "augmented.onnx")
-    calibrator = create_calibrator(source, PRODUCTS, augmented, CalibrationMethod[method])
+    calibrator = create_calibrator(source, PLACED, augmented, CalibrationMethod[method])
     for sample in samples:  # one at a time: what differs in length does not stack
         calibrator.collect_data(_Reader(sample))
     quantizer = QDQQuantizer(
@@ -80,12 +83,26 @@ def _static(
         tensors_range=calibrator.compute_data(),
         nodes_to_quantize=[],
         nodes_to_exclude=floats,
-        op_types_to_quantize=PRODUCTS,
-        extra_options={"OpTypesToExcludeOutputQuantization": list(PRODUCTS)},
+        op_types_to_quantize=PLACED,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
     )
     made: onnx.ModelProto = quantizer.quantize_model()
+    _restore(model, made)
     quantizer.model.topological_sort()
     return made
+
+
+def _restore(model: onnx.ModelProto, made: onnx.ModelProto) -> None:
+    """Put back, in place, each Relu that Q's clipping at zero made redundant: for targets that place Q/DQ anew.
+
+    ONNX Runtime takes it out again where it loads the graph.
+    """
+    makers = {name: node for node in made.graph.node for name in node.output}
+    for node in model.graph.node:
+        maker = makers.get(node.output[0]) if node.op_type == "Relu" else None
+        if maker is not None and maker.op_type != "Relu":
+            maker.output[[*maker.output].index(node.output[0])] = node.input[0]
+            made.graph.node.append(node)
 
 
 def _dynamic(model: onnx.ModelProto, directory: Path, floats: list[str]) -> onnx.ModelProto:
