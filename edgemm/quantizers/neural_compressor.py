@@ -157,14 +157,21 @@ def _divide(traced: Any, products: dict[str, str], divisors: dict[str, Any]) -> 
         divisor = divisors.get(products.get(node.name, ""))
         if divisor is None:
             continue
-        weight = traced.get_parameter(node.args[1].target)
-        parts = {"unit": torch.from_numpy(1 / divisor), "weight": weight.detach() * torch.from_numpy(divisor)}
+        read, weight, *rest = node.args
+        s = torch.from_numpy(divisor)
         with traced.graph.inserting_before(node):
-            for part, value in parts.items():
-                traced.register_buffer(f"{node.name}_{part}", value)
-                parts[part] = traced.graph.get_attr(f"{node.name}_{part}")
-            divided = traced.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], parts["unit"]))
-        for made, like in ((divided, node.args[0]), (parts["weight"], node.args[1]), (parts["unit"], node.args[1])):
-            made.meta["val"] = like.meta.get("val")
-        node.args = (divided, parts["weight"], *node.args[2:])
+            unit = _constant(traced, f"{node.name}_unit", 1 / s, weight)
+            multiplied = _constant(
+                traced, f"{node.name}_weight", traced.get_parameter(weight.target).detach() * s, weight
+            )
+            divided = traced.graph.call_function(torch.ops.aten.mul.Tensor, (read, unit))
+        divided.meta["val"] = read.meta["val"]  # PT2E quantizes what it knows to be floats
+        node.args = (divided, multiplied, *rest)
     traced.recompile()
+
+
+def _constant(traced: Any, name: str, value: Any, like: Any) -> Any:
+    traced.register_buffer(name, value)
+    made = traced.graph.get_attr(name)
+    made.meta["val"] = like.meta["val"]
+    return made
