@@ -62,7 +62,7 @@ def test_neural_compressor_comes_to_a_verdict(
 def test_a_graph_from_outside_is_refused_by_neural_compressor(
     edgemm: Run, images_and_questions: Path, tmp_path: Path, tiny_target: Path
 ) -> None:
-    (graph,) = images_and_questions.glob(".runs/graph-*/image_encoder.onnx")
+    graph = min(images_and_questions.glob(".runs/graph-*/image_encoder.onnx"))
     recipe = tmp_path / "r.yaml"
     recipe.write_text("schema: 1\ndata: 'random:8'\nquantize: {use: neural_compressor}\n", encoding="utf-8")
     done = edgemm("compress", graph, "--recipe", recipe, "--target", tiny_target, "-o", tmp_path / "out")
