@@ -18,8 +18,10 @@ def compile_component(
 ) -> Callable[[Tensors], dict[str, Any]]:
     """Compile `component` from its .xml and .bin; the returned call maps named inputs to named outputs.
 
+    component  its inputs' shapes are what it is compiled for
     settings   threads; precision: INFERENCE_PRECISION_HINT of the float parts. Left to itself the CPU
-               plugin picks bf16 where the CPU has it, so it is always set.
+               plugin picks bf16 where the CPU has it, so it is always set; pinned: False lets threads change cores,
+               for components that run beside each other
 
     The returned arrays are the component's own buffers, valid until its next call; an array that it is given again
     is not read again. What the graph keeps from call to call (a decoder's cache) is returned as a Kept.
@@ -35,11 +37,20 @@ def compile_component(
     except RuntimeError as e:
         what = f"{component['name']}: OpenVINO can't load it: {' '.join(str(e).split())}"[:500]
         raise InputError(what, fix="run edgemm compress again, or pip install --upgrade openvino") from e
+    wanted = {p["name"]: [a if isinstance(a, int) else -1 for a in p["shape"]] for p in component["inputs"]}
+    if any(model.input(name).partial_shape != ov.PartialShape(shape) for name, shape in wanted.items()):
+        try:
+            model.reshape(wanted)
+        except RuntimeError as e:
+            what = f"{component['name']}: OpenVINO can't reshape it to {wanted}: {' '.join(str(e).split())}"[:500]
+            raise InputError(what, fix="compress for a target with static: false") from e
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": settings["precision"],
         "INFERENCE_NUM_THREADS": settings["threads"],
         "PERFORMANCE_HINT": "LATENCY",
     }
+    if not settings.get("pinned", True):
+        options["ENABLE_CPU_PINNING"] = False
     if model.get_sinks():
         # A decoder's time is that of reading its weights: quantizing one token's activations only costs.
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
