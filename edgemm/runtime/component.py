@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
@@ -50,6 +51,11 @@ class Component:
                 self._idle.append(run)
                 self._free.notify()
 
+    def load(self) -> None:
+        """Compile it, if that was not done yet."""
+        with self.call():
+            pass
+
     @property
     def loaded(self) -> bool:
         """Whether it was compiled yet."""
@@ -67,16 +73,37 @@ class Component:
 
 
 class Components(dict[str, Component]):
-    """The components of a model by name, in the order they run."""
+    """The components of a model by name, in the order they run; `origins`: the modalities of each one's inputs.
+
+    sources   modality -> the tensors that its pre-processing makes
+    """
+
+    def __init__(self, specs: Sequence[dict[str, Any]], sources: Mapping[str, set[str]], compile_: Compile) -> None:
+        super().__init__((spec["name"], Component(spec, compile_)) for spec in specs)
+        self.origins: dict[str, set[str]] = {}
+        of = {tensor: {modality} for modality, tensors in sources.items() for tensor in tensors}
+        for spec in specs:
+            found = set().union(*(of.get(port["name"], set()) for port in spec["inputs"]))
+            self.origins[spec["name"]] = found
+            of |= {port["name"]: found for port in spec["outputs"]}
+
+    def load(self, modalities: set[str]) -> None:
+        """Compile what runs when these are there, side by side."""
+        needed = [c for name, c in self.items() if self.origins[name] <= modalities and not c.loaded]
+        if len(needed) > 1:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(Component.load, needed))
 
 
 _LOADED: WeakValueDictionary[str, Components] = WeakValueDictionary()
 _LOCK = threading.Lock()
 
 
-def components(specs: Sequence[dict[str, Any]], compile_: Compile, sha256: str | None) -> Components:
+def components(
+    specs: Sequence[dict[str, Any]], sources: Mapping[str, set[str]], compile_: Compile, sha256: str | None
+) -> Components:
     """Those of a model; those that a living session has already, where `sha256` is that of the same bundle."""
-    made = Components({spec["name"]: Component(spec, compile_) for spec in specs})
+    made = Components(specs, sources, compile_)
     if sha256 is None:
         return made
     with _LOCK:

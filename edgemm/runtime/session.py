@@ -61,7 +61,7 @@ class Session:
             def compile_component(spec: dict[str, Any]) -> Call:
                 return engine.compile_component(files, spec, settings)
 
-        self.components = components(self.program["components"], compile_component, sha256)
+        self.components = components(self.program["components"], self.sources, compile_component, sha256)
         self.decoder = self.output["decoder"] if self.output["kind"] == "generation" else None
         self.fixed = {
             (port["name"], axis): size
@@ -196,6 +196,7 @@ class Session:
             raise InputError("there is nothing to run", fix="give at least one input")
         parts = [self.media.parts(q) for q in queries]
         distinct = {key: make for part in parts for key, make in part.items()}
+        self.components.load({modality for modality, medium in distinct if not isinstance(medium, Encoded)})
         encoded = {key: self._encoded(make) for key, make in distinct.items()}
         rows = [{n: v for key in part for n, v in encoded[key].items()} for part in parts]
         batch = min(
@@ -220,17 +221,13 @@ class Session:
     @cached_property
     def _wanted(self) -> tuple[set[str], set[str]]:
         """Tensors that must outlive the encoders, because they join modalities, and those that the answer needs."""
-        answer = set(self.needs)
-        origin = {name: {modality} for modality, names in self.sources.items() for name in names}
-        joining: set[str] = set()
+        answer, joining = set(self.needs), set()
         for name, component in self.components.items():
-            inputs = [port["name"] for port in component.spec["inputs"]]
-            from_ = set().union(*(origin.get(n, set()) for n in inputs))
+            inputs = {port["name"] for port in component.spec["inputs"]}
             if name == self.decoder:
-                answer |= set(inputs)
-            elif len(from_) > 1:
-                joining |= set(inputs)
-            origin |= {port["name"]: from_ for port in component.spec["outputs"]}
+                answer |= inputs
+            elif len(self.components.origins[name]) > 1:
+                joining |= inputs
         return joining | answer, answer
 
     def _text_of(self, query: Query, known: Tensors) -> str:
