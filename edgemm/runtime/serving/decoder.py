@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from edgemm.runtime.component import Compile
 from edgemm.runtime.generation import generate
 from edgemm.runtime.query import Array, Tensors
-from edgemm.runtime.serving.engine import Compile, Engine
+from edgemm.runtime.serving.engine import Engine
 
 IDS, PROMPT = "generated_ids", "prompt_ids"
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from edgemm.errors import InputError
+from edgemm.runtime.component import Compile, Shared
 from edgemm.runtime.query import Array, Call, Tensors
 
 Shape = tuple[tuple[int, ...], ...]  # of each input, without the batch axis
-Compile = Callable[[dict[str, Any]], Call]
 ROUNDS = 5  # timings of each batch size
 TOLERANCE = 1e-3  # of the largest value: by how much a row in a batch may differ from the same row alone
 
@@ -28,7 +28,7 @@ class Engine:
     """A component of one bundle, on `streams` streams.
 
     spec      its ComponentSpec; shapes of inputs are those to compile for
-    compile_  spec -> its call; one is made for each stream
+    compile_  spec -> its call, which gives another for each stream
     sizes     batch sizes, ascending from 1;  fixed  compile for each size and known shape, fill batches up
     """
 
@@ -121,13 +121,19 @@ class Engine:
         return [_row(made, self.outputs, i) for i in range(size - filled)], elements, elements * filled // size
 
     def _call(self, stream: int, size: int | None, shape: Shape | None) -> Call:
-        if (stream, size, shape) not in self._calls:
+        if (stream, size, shape) in self._calls:
+            return self._calls[stream, size, shape]
+        first = next((call for (_, *of), call in self._calls.items() if of == [size, shape]), None)
+        if isinstance(first, Shared):
+            call = first.another()
+        else:
             spec = self.spec
             if shape is not None:
                 ports = zip(spec["inputs"], shape, strict=True)
                 spec = {**spec, "inputs": [{**port, "shape": [size, *axes]} for port, axes in ports]}
-            self._calls[stream, size, shape] = self._compile(spec)
-        return self._calls[stream, size, shape]
+            call = self._compile(spec)
+        self._calls[stream, size, shape] = call
+        return call
 
 
 def _row(made: Mapping[str, Array], names: Mapping[str, Any], i: int) -> dict[str, Array]:

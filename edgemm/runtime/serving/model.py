@@ -53,8 +53,7 @@ class Model:
         self.buckets = self._buckets()
         own = checked.output.own if isinstance(checked.output, Generation) else set()
         library = importlib.import_module(f"edgemm.runtime.{self.backend}")
-        threads = max(1, self.program["settings"]["threads"] // options.streams)
-        settings = {**self.program["settings"], "threads": threads, "pinned": options.streams == 1}
+        settings = {**self.program["settings"], "streams": options.streams, "cache": True}
         self.engines: list[Engine] = []
         for spec in self.program["components"]:
 
