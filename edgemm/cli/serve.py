@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+
+class ControlMode(str, Enum):
+    none = "none"
+    poll = "poll"
+    explicit = "explicit"
 
 
 def command(
@@ -29,9 +36,11 @@ def command(
     max_connections: Annotated[int, typer.Option(help="At the same time.")] = 2048,
     drain_s: Annotated[float, typer.Option(help="Time that requests have to end after SIGTERM.")] = 30,
     model_control_mode: Annotated[
-        str,
-        typer.Option(help="none: SIGHUP loads bundles anew; poll: so does a change; explicit: so does the load request."),
-    ] = "none",
+        ControlMode,
+        typer.Option(
+            help="none: SIGHUP loads bundles anew; poll: so does a change; explicit: so does the load request."
+        ),
+    ] = ControlMode.none,
     require_signature: Annotated[
         Optional[Path], typer.Option(metavar="KEY", help="Refuse bundles without a signature by this key.")
     ] = None,
@@ -41,7 +50,7 @@ def command(
     Exit codes: 0 stopped by SIGTERM or Ctrl-C, 2 bad input or no such port, 3 a toolchain is absent.
     """
     from edgemm import __version__
-    from edgemm.errors import InputError, ToolchainError
+    from edgemm.errors import ToolchainError
     from edgemm.plugins import validate
 
     try:
@@ -50,10 +59,6 @@ def command(
         from edgemm.runtime.serving.service import Service
     except ImportError as e:
         raise ToolchainError(f"the server needs {e.name}", fix="pip install 'edgemm[serve]'") from e
-    if model_control_mode not in ("none", "poll", "explicit"):
-        raise InputError(
-            f"--model-control-mode {model_control_mode!r} is not known", fix="use none, poll or explicit"
-        )
     options = validate(
         Options,
         {
@@ -82,4 +87,4 @@ def command(
         "edgemm serve",
     )
     service = Service(bundles, options, limits, require_signature)
-    run(service, host, port, None if grpc_port < 0 else grpc_port, model_control_mode, __version__)
+    run(service, host, port, None if grpc_port < 0 else grpc_port, model_control_mode.value, __version__)

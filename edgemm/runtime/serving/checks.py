@@ -12,7 +12,8 @@ from PIL import Image
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime.preprocess import FORMATS, MAX_COORDINATE
 from edgemm.runtime.query import Array
-from edgemm.runtime.serving.model import PROMPT, Model
+from edgemm.runtime.serving.decoder import PROMPT
+from edgemm.runtime.serving.model import Model
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 DTYPES = {datatype: np.dtype(name) for name, datatype in DATATYPES.items()}
@@ -55,7 +56,12 @@ def check_tensors(model: Model, inputs: Mapping[str, Array]) -> None:
     text = model.text or {}
     given = {t["tensor"]: t for t in model.program["tensors"]}
     vocabulary = model.tokenizer.get_vocab_size() if model.tokenizer else 0
-    highs = {text.get("ids"): vocabulary, text.get("mask"): 2, text.get("types"): 2, text.get("boxes"): MAX_COORDINATE + 1}
+    highs = {
+        text.get("ids"): vocabulary,
+        text.get("mask"): 2,
+        text.get("types"): 2,
+        text.get("boxes"): MAX_COORDINATE + 1,
+    }
     highs |= {name: t["high"] for name, t in given.items() if t["high"]} | {PROMPT: vocabulary}
     for name, value in inputs.items():
         port = model.ports.get(name, {"dtype": "int64", "shape": [1, "prompt"]})
@@ -63,13 +69,14 @@ def check_tensors(model: Model, inputs: Mapping[str, Array]) -> None:
             raise InputError(f"{name} is {value.dtype}", fix=f"give {DATATYPES[port['dtype']]}")
         wanted = [_axis(model, name, i, a) for i, a in enumerate(port["shape"][1:], 1)]
         if value.ndim != 1 + len(wanted) or not all(
-            size == most or (free and 0 < size < most) for size, (most, free) in zip(value.shape[1:], wanted, strict=True)
+            size == most or (free and 0 < size < most)
+            for size, (most, free) in zip(value.shape[1:], wanted, strict=True)
         ):
             shape = ", ".join(["batch", *(f"1 to {most}" if free else str(most) for most, free in wanted)])
             raise InputError(f"{name} has shape {list(value.shape)}", fix=f"give [{shape}]")
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise InputError(f"{name} holds values that are not finite", fix="give numbers")
-        if (high := highs.get(name)) and value.size and not (0 <= value.min() and value.max() < high):
+        if (high := highs.get(name)) and value.size and not (value.min() >= 0 and value.max() < high):
             raise InputError(f"{name} holds {value.min()} to {value.max()}", fix=f"give 0 to {high - 1}")
 
 

@@ -88,7 +88,8 @@ def _inputs(request: Any) -> dict[str, Array]:
     raw = request.raw_input_contents
     if len(request.inputs) > MAX_NAMES or (raw and len(raw) != len(request.inputs)):
         raise InputError(
-            f"there are {len(request.inputs)} inputs and {len(raw)} raw contents", fix="give as many of both, or none raw"
+            f"there are {len(request.inputs)} inputs and {len(raw)} raw contents",
+            fix="give as many of both, or none raw",
         )
     inputs: dict[str, Array] = {}
     for i, tensor in enumerate(request.inputs):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -84,7 +83,7 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
                 return failure(404, str(e))
             except TooLarge:
                 return failure(413, f"the body has over {most} bytes", close)
-            except asyncio.TimeoutError:
+            except (TimeoutError, asyncio.TimeoutError):  # one class from Python 3.11 on
                 return failure(408, f"the body was not there within {limits.body_s:g} s", close)
             except ClientDisconnect:
                 return failure(400, "the client has gone", close)
@@ -130,10 +129,12 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
     async def answer(request: Request) -> Response:
         kind = request.headers.get("content-type", "")
         if not kind.startswith("multipart/form-data"):
-            raise InputError(f"content-type is {kind[:80]!r}", fix="send multipart/form-data: image, audio, text, boxes")
+            raise InputError(
+                f"content-type is {kind[:80]!r}", fix="send multipart/form-data: image, audio, text, boxes"
+            )
         body = await body_of(request)
 
-        async def chunks() -> AsyncIterator[bytes]:
+        async def chunks() -> AsyncGenerator[bytes, None]:
             yield body
 
         try:
@@ -147,7 +148,9 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
         named: dict[str, str] = {}
         for field, value in form.multi_items():
             if field in media or field in named or field not in (*MEDIA, "text", "boxes", "model"):
-                raise InputError(f"the form has a field {field[:80]!r}", fix="give image, audio, text, boxes, model, once")
+                raise InputError(
+                    f"the form has a field {field[:80]!r}", fix="give image, audio, text, boxes, model, once"
+                )
             if (field in MEDIA) != isinstance(value, UploadFile):
                 what = "a file" if field in MEDIA else "text"
                 raise InputError(f"{field} is not {what}", fix=f"give {field} as {what}")
@@ -164,9 +167,7 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
         return JSONResponse({**made, "model_name": model.name, "model_version": model.version})
 
     async def index(request: Request) -> Response:
-        return JSONResponse(
-            [{"name": m.name, "version": m.version, "state": "READY"} for m in service.models.values()]
-        )
+        return JSONResponse([{"name": m.name, "version": m.version, "state": "READY"} for m in service.models.values()])
 
     async def load(request: Request) -> Response:
         model = service.model(request.path_params["model"])

@@ -60,7 +60,9 @@ def parse(body: bytes, json_size: int | None) -> tuple[Request, Inference]:
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:200]
-        raise InputError(f"the request is not valid: {where or 'JSON'}: {first['msg']}"[:400], fix="see the protocol") from e
+        raise InputError(
+            f"the request is not valid: {where or 'JSON'}: {first['msg']}"[:400], fix="see the protocol"
+        ) from e
     offset, inputs = len(head), {}
     for tensor in request.inputs:
         if tensor.name in inputs:
@@ -88,7 +90,7 @@ def from_bytes(name: str, datatype: str, shape: list[int], content: bytes) -> Ar
         raise InputError(
             f"input {name[:80]!r} has {len(content)} bytes", fix=f"{datatype} {shape} has {wanted}: give all of them"
         )
-    if dtype == bool:  # any other byte than 0 and 1 would be a bool that is neither
+    if dtype.kind == "b":  # any other byte than 0 and 1 would be a bool that is neither
         return (np.frombuffer(content, np.uint8) != 0).reshape(shape)
     return np.frombuffer(content, dtype).reshape(shape)
 
@@ -113,7 +115,9 @@ def _from_json(tensor: Input) -> Array:
     try:
         return np.array(flat, dtype).reshape(tensor.shape)
     except OverflowError as e:
-        raise InputError(f"input {tensor.name[:80]!r} has a number that {tensor.datatype} can't hold", fix=str(e)) from e
+        raise InputError(
+            f"input {tensor.name[:80]!r} has a number that {tensor.datatype} can't hold", fix=str(e)
+        ) from e
 
 
 def _dtype(name: str, datatype: str, shape: list[int]) -> np.dtype[Any]:

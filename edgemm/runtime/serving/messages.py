@@ -25,7 +25,9 @@ MESSAGES = {
     "ServerMetadataRequest": "",
     "ServerMetadataResponse": "name:string version:string extensions:*string",
     "ModelMetadataRequest": "name:string version:string",
-    "ModelMetadataResponse": "name:string versions:*string platform:string inputs:*TensorMetadata outputs:*TensorMetadata",
+    "ModelMetadataResponse": (
+        "name:string versions:*string platform:string inputs:*TensorMetadata outputs:*TensorMetadata"
+    ),
     "ModelMetadataResponse.TensorMetadata": TENSOR,
     "InferParameter": "bool_param:bool int64_param:int64 string_param:string double_param:double uint64_param:uint64",
     "InferTensorContents": (
@@ -94,7 +96,8 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
         message = made[owner].nested_type.add(name=short) if owner else file.message_type.add(name=short)
         made[name] = message
         for number, field in enumerate(fields.split(), 1):
-            _field(message, number, *field.split(":"), name)
+            label, kind = field.split(":")
+            _field(message, number, label, kind, name)
         if name in ONEOFS:
             message.oneof_decl.add(name=ONEOFS[name])
             for field in message.field:

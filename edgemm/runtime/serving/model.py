@@ -103,7 +103,10 @@ class Model:
         shape = [min(a if isinstance(a, int) else most[a], LONGEST_SAMPLE) for a in port["shape"]]
         if length and name in self.sources["text"]:
             shape[1] = length
-        return np.ones([1, *shape[1:]], port["dtype"])
+        made = np.ones([1, *shape[1:]], port["dtype"])
+        if self.text and name == self.text["ids"]:
+            made[:] = np.arange(shape[1]) % 2  # a batch of these in another order has other rows
+        return made
 
     def _plan(self, given: frozenset[str], wanted: frozenset[str]) -> Plan:
         """How the modalities `given` make the tensors `wanted`; all that end somewhere, when none is named.
@@ -111,7 +114,8 @@ class Model:
         Raises InputError when they can't.
         """
         origins = {name: modality for modality in given for name in self.sources[modality]}
-        known, able = set(origins), []
+        known: set[str] = set(origins)
+        able: list[Engine] = []
         for engine in self.engines:
             if set(engine.inputs) <= known:
                 able.append(engine)
@@ -126,7 +130,7 @@ class Model:
             read = {name for engine in able for name in engine.inputs}
             wanted = frozenset(made - read)
         needed: set[str] = set(wanted)
-        engines = []
+        engines: list[Engine] = []
         for engine in reversed(able):
             if needed & engine.outputs.keys():
                 engines.insert(0, engine)
@@ -159,7 +163,9 @@ class Model:
         if bucket == length or not self.text:
             return tensors
         fill = {self.text["ids"]: self.text["pad_id"]}
-        return {n: np.pad(v, ((0, 0), (0, bucket - length)), constant_values=fill.get(n, 0)) for n, v in tensors.items()}
+        return {
+            n: np.pad(v, ((0, 0), (0, bucket - length)), constant_values=fill.get(n, 0)) for n, v in tensors.items()
+        }
 
     def medium(self, modality: str, content: bytes | str, boxes: Any = None) -> dict[str, Array]:
         """Read an image, a recording or a text -> its tensors; InputError when it can't be."""

@@ -15,7 +15,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -62,6 +62,11 @@ class Scheduler:
         for stream in self._streams:
             if stream.is_alive():
                 stream.join()
+
+    @property
+    def pending(self) -> int:
+        """Rows that wait or run."""
+        return self._jobs
 
     def submit(
         self, plan: Plan, sources: Mapping[str, Source], priority: int = 0, timeout_ms: float | None = None
@@ -180,7 +185,7 @@ class Scheduler:
         for task in batch:
             self.metrics.queue.labels(*labels).observe(begin - task.queued)
             self.metrics.rows.labels(*labels, task.jobs[0].plan.signature).inc()
-        rows: list[Tensors] | EdgemmError
+        rows: Sequence[Tensors] | EdgemmError
         try:
             rows, elements, padding = engine.run(stream, [task.inputs for task in batch])
         except EdgemmError as e:

@@ -140,7 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def log_as_json() -> None:
     """One JSON object a line on stderr, from us and from the libraries."""
-    shared = [
+    shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso"),
         structlog.processors.format_exc_info,

@@ -72,9 +72,11 @@ class Service:
         self.models[model.name] = model
         self.metrics.loads.labels(model.name, "loaded").inc()
         tables = {
-            engine.name: {str(list(shape)): {n: round(s * 1e3, 3) for n, s in costs.items()}}
+            engine.name: {
+                str(list(shape)): {n: round(s * 1e3, 3) for n, s in costs.items()}
+                for shape, costs in engine.table.items()
+            }
             for engine in model.engines
-            for shape, costs in engine.table.items()
         }
         log.info("loaded", model=model.name, version=model.version, sha256=model.sha256, latency_ms=tables)
 
