@@ -1,9 +1,9 @@
-# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | device
+# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | bench-serve | device
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt device
+.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt bench-serve device
 
 setup: .venv/.installed
 
@@ -33,6 +33,9 @@ bench: setup
 
 device: setup
 	$(BIN)/pytest tests/device
+
+bench-serve: setup
+	$(BIN)/python tests/bench/serving.py
 
 bench-tensorrt: setup
 	$(BIN)/python tests/bench/tensorrt.py

@@ -16,7 +16,7 @@ class ControlMode(str, Enum):
 
 
 def command(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="One .edgemm file a model.")],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="One .edgemm file a model.")],
     host: Annotated[str, typer.Option(help="Address to listen on; there is no TLS and no login.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of HTTP; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Of gRPC; 0 takes a free one, -1 is without.")] = 8001,
