@@ -36,6 +36,7 @@ device: setup
 
 bench-serve: setup
 	$(BIN)/python tests/bench/serving.py
+	$(BIN)/python tests/bench/serving_memory.py
 
 bench-tensorrt: setup
 	$(BIN)/python tests/bench/tensorrt.py

@@ -196,7 +196,7 @@ def test_who_waits_too_long_or_has_gone_is_not_computed() -> None:
     assert patient.result()
     with pytest.raises(Expired):
         late.result(0)
-    assert made.pending == 0 and not made._queues and not made._in_flight
+    assert made.pending == 0 and not made._queues and not made.shared._in_flight
 
 
 def test_a_component_that_fails_fails_those_that_need_it() -> None:
@@ -208,7 +208,7 @@ def test_a_component_that_fails_fails_those_that_need_it() -> None:
     good = made.submit(BOTH, sources(1, 2))
     sizes(made)
     assert good.result()["logits"].tolist() == [[3, 3]]
-    assert made.pending == 0 and not made._in_flight
+    assert made.pending == 0 and not made.shared._in_flight
 
 
 def test_streams_answer_all_that_was_accepted_before_they_end() -> None:

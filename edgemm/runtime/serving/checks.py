@@ -69,7 +69,7 @@ def check_tensors(model: Model, inputs: Mapping[str, Array]) -> None:
             raise InputError(f"{name} is {value.dtype}", fix=f"give {DATATYPES[port['dtype']]}")
         wanted = [_axis(model, name, i, a) for i, a in enumerate(port["shape"][1:], 1)]
         if value.ndim != 1 + len(wanted) or not all(
-            size == most or (free and 0 < size < most)
+            size == most or (free and (0 < size < most or name == PROMPT))
             for size, (most, free) in zip(value.shape[1:], wanted, strict=True)
         ):
             shape = ", ".join(["batch", *(f"1 to {most}" if free else str(most) for most, free in wanted)])

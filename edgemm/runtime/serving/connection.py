@@ -14,7 +14,7 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
     """uvicorn's protocol, with limits that it does not have: time and size of the head, time to take an answer."""
 
     class Guarded(HttpToolsProtocol):
-        _head_bytes = 0
+        _head_bytes, _in_head = 0, False
         _head_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -26,24 +26,29 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
                 self._head_timer = self.loop.call_later(limits.header_s, self.transport.abort)
 
         def _head_is_there(self) -> None:
-            self._head_bytes = 0
+            self._head_bytes, self._in_head = 0, False
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
 
-        def data_received(self, data: bytes) -> None:
-            between = self.cycle is None or self.cycle.response_complete
-            if between:
-                self._await_head()
-                self._head_bytes += len(data)
-            super().data_received(data)
-            if self._head_timer is not None and self._head_bytes > limits.header_bytes:
-                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
-                self._close_soon()
+        def on_message_begin(self) -> None:
+            self._in_head = True
+            self._await_head()
+            super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._head_is_there()
             super().on_headers_complete()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._in_head:
+                self._head_bytes += len(data)
+                if self._head_bytes > limits.header_bytes:
+                    self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+                    self._close_soon()
+            elif self.cycle is None or self.cycle.response_complete:  # line ends between two requests
+                self._await_head()
 
         def _close_soon(self) -> None:
             """Send what is left, unless the client does not take it."""

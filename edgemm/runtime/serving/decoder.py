@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ class Decoder(Engine):
         if output["text_prompt"]:
             self.inputs.append(PROMPT)
         self.outputs = {IDS: (1, "ids")}
+
+    def _time(self, row: Tensors, size: int) -> float:
+        """Once: it may take seconds."""
+        begin = time.perf_counter()
+        self.run(0, [row])
+        return time.perf_counter() - begin
 
     def run(self, stream: int, rows: Sequence[Tensors]) -> tuple[list[dict[str, Array]], int, int]:
         made = []

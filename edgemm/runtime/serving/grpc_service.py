@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import structlog
 from google.protobuf.message import DecodeError
 
 from edgemm.errors import EdgemmError, InputError
@@ -17,14 +18,16 @@ from edgemm.runtime.serving.json_protocol import MAX_NAMES, from_bytes
 from edgemm.runtime.serving.messages import METHODS, SERVICE, message
 from edgemm.runtime.serving.options import ControlMode
 from edgemm.runtime.serving.service import EXTENSIONS, Inference, NotFound, Service, one_line
-from edgemm.runtime.serving.work import Expired, Rejected
+from edgemm.runtime.serving.work import Expired, Failed, Rejected
 
+log = structlog.get_logger("edgemm.serve")
 CONTENTS = {"FP32": "fp32_contents", "INT64": "int64_contents", "INT32": "int_contents", "BOOL": "bool_contents"}
 CODES = (
     (InputError, grpc.StatusCode.INVALID_ARGUMENT),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (Rejected, grpc.StatusCode.UNAVAILABLE),
     (Expired, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Failed, grpc.StatusCode.INTERNAL),
     (EdgemmError, grpc.StatusCode.UNIMPLEMENTED),
 )
 FAILURES = tuple(kind for kind, _ in CODES)
@@ -135,11 +138,12 @@ def build(service: Service, version: str, control: ControlMode) -> grpc.aio.Serv
             model = ""
             try:
                 request = parse(kind, content)
-                model = getattr(request, "model_name", "")
+                model = getattr(request, "model_name", "") or getattr(request, "name", "")
                 response: bytes = (await method(request)).SerializeToString()
             except FAILURES as e:
                 code = next(code for kind, code in CODES if isinstance(e, kind))
                 count(model, code.name)
+                log.info("refused", protocol="grpc", call=name, status=code.name, why=one_line(e))
                 if isinstance(e, Rejected):
                     context.set_trailing_metadata((("retry-after", str(round(e.retry_s))),))
                 await context.abort(code, one_line(e))
@@ -175,6 +179,7 @@ def build(service: Service, version: str, control: ControlMode) -> grpc.aio.Serv
             ("grpc.max_receive_message_length", limits.body_mb * 1_000_000),
             ("grpc.max_metadata_size", limits.header_bytes),
             ("grpc.max_connection_idle_ms", limits.idle_s * 1000),
+            ("grpc.server_handshake_timeout_ms", round(limits.header_s * 1000)),
             ("grpc.max_concurrent_streams", limits.connections),
             ("grpc.so_reuseport", 0),
         ],

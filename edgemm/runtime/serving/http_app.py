@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
+import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -19,11 +20,13 @@ from edgemm.errors import EdgemmError, InputError
 from edgemm.runtime.serving.json_protocol import parse, render
 from edgemm.runtime.serving.options import ControlMode
 from edgemm.runtime.serving.service import EXTENSIONS, NotFound, Service, one_line
-from edgemm.runtime.serving.work import Expired, Rejected
+from edgemm.runtime.serving.work import Expired, Failed, Rejected
 
 JSON_SIZE = "inference-header-content-length"
 MEDIA = ("image", "audio")
 FIELDS = 8
+LINGER = 4  # times the limit are read and thrown away, for a client that hears nothing before it has sent all
+log = structlog.get_logger("edgemm.serve")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -50,15 +53,19 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
         """The whole body; raises TooLarge, TimeoutError, or InputError for one that is compressed."""
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise InputError(f"content-encoding is {encoding[:80]}", fix="send the request as it is")
-        if int(request.headers.get("content-length", 0)) > most:  # digits alone: the HTTP parser saw to it
-            raise TooLarge
+        thrown = 0
 
         async def read() -> bytes:
-            content = bytearray()
+            nonlocal thrown
+            content, size = bytearray(), int(request.headers.get("content-length", 0))  # digits: the parser saw to it
             async for chunk in request.stream():
-                content += chunk
-                if len(content) > most:
-                    raise TooLarge
+                size = max(size, len(content) + len(chunk))
+                if size <= most:
+                    content += chunk
+                elif (thrown := thrown + len(chunk)) > LINGER * most:
+                    break
+            if size > most:
+                raise TooLarge
             return bytes(content)
 
         return await asyncio.wait_for(read(), limits.body_s)
@@ -68,9 +75,12 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
 
         async def handle(request: Request) -> Response:
             response = await respond(request)
-            name = request.path_params.get("model", "")
+            name = getattr(request.state, "model", request.path_params.get("model", ""))
             label = name if name in service.models else ""
             metrics.requests.labels(label, "http", str(response.status_code)).inc()
+            if response.status_code >= 400:
+                why = bytes(response.body).decode()
+                log.info("refused", protocol="http", path=request.url.path, status=response.status_code, why=why)
             return response
 
         async def respond(request: Request) -> Response:
@@ -91,6 +101,8 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
                 return failure(503, f"{e}; try again", {"retry-after": str(round(e.retry_s))})
             except Expired as e:
                 return failure(504, str(e))
+            except Failed as e:
+                return failure(500, str(e))
             except EdgemmError as e:
                 return failure(501, one_line(e))
 
@@ -163,6 +175,7 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
         if "model" not in named and len(service.models) > 1:
             raise InputError("the form names no model", fix=f"give model: {', '.join(service.models)}")
         model = service.model(named.get("model", next(iter(service.models))))
+        request.state.model = model.name
         made = await service.answer(model, media, named.get("boxes"))
         return JSONResponse({**made, "model_name": model.name, "model_version": model.version})
 

@@ -54,6 +54,7 @@ class Model:
         own = checked.output.own if isinstance(checked.output, Generation) else set()
         library = importlib.import_module(f"edgemm.runtime.{self.backend}")
         settings = {**self.program["settings"], "streams": options.streams, "cache": True}
+        settings["threads"] = max(settings["threads"], options.streams)
         self.engines: list[Engine] = []
         for spec in self.program["components"]:
 
@@ -100,7 +101,7 @@ class Model:
         if name == PROMPT:
             return np.zeros((1, 0), np.int64)
         port, most = self.ports[name], {k: v for c in self.program["components"] for k, v in c["max_sizes"].items()}
-        shape = [min(a if isinstance(a, int) else most[a], LONGEST_SAMPLE) for a in port["shape"]]
+        shape = [min(a if isinstance(a, int) else most.get(a, 1), LONGEST_SAMPLE) for a in port["shape"]]
         if length and name in self.sources["text"]:
             shape[1] = length
         made = np.ones([1, *shape[1:]], port["dtype"])

@@ -19,15 +19,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
+import structlog
+
 from edgemm.errors import EdgemmError
 from edgemm.runtime.query import Array, Tensors
-from edgemm.runtime.serving.cache import Cache
 from edgemm.runtime.serving.engine import Engine
 from edgemm.runtime.serving.metrics import Metrics
 from edgemm.runtime.serving.options import Options
-from edgemm.runtime.serving.work import Absent, Expired, Job, Plan, Rejected, Source, Task, Urgency
+from edgemm.runtime.serving.shared import Shared
+from edgemm.runtime.serving.work import Expired, Failed, Job, Plan, Rejected, Source, Task, Urgency
 
 Queue = list[tuple[Urgency, int, Task]]  # a heap; a task that became more urgent is in it twice
+
+log = structlog.get_logger("edgemm.serve")
 
 
 class Scheduler:
@@ -38,10 +42,9 @@ class Scheduler:
 
     def __init__(self, options: Options, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.options, self.metrics, self.clock = options, metrics, clock
-        self.cache = Cache(options.cache_mb * 1_000_000)
+        self.shared = Shared(options.cache_mb * 1_000_000, metrics, self._hurry)
         self._changed = threading.Condition()
         self._queues: dict[tuple[Engine, Any], Queue] = {}
-        self._in_flight: dict[bytes, Task] = {}
         self._order: dict[str, deque[Job]] = defaultdict(deque)
         self._count = itertools.count()
         self._jobs, self._idle, self._closing = 0, 0, False
@@ -75,7 +78,7 @@ class Scheduler:
 
         priority    1 is the most urgent, 0 the default;  timeout_ms  None is the default, 0 no limit
         Raises Rejected when there is no room, Absent when a source's tensors are needed and not given. The future
-        raises Expired, or the EdgemmError of a component that could not run it.
+        raises Expired, Failed, or the EdgemmError of a component that refuses it.
         """
         options, now = self.options, self.clock()
         level = priority if priority and options.priority_levels else options.default_priority
@@ -88,7 +91,7 @@ class Scheduler:
             if self._jobs >= options.max_queue_size:
                 self.metrics.rejects.labels(plan.model, "queue_full").inc()
                 raise Rejected(f"{self._jobs} requests are waiting or running", self._backlog_s())
-            ready = self._expand(job, sources)
+            ready = self.shared.expand(job, sources)
             self._jobs += 1
             self.metrics.waiting.set(self._jobs)
             if options.preserve_ordering:
@@ -99,71 +102,10 @@ class Scheduler:
                 self._settle(job)
         return job.future
 
-    def _expand(self, job: Job, sources: Mapping[str, Source]) -> list[Task]:
-        """Make the job's tasks, or join those that are there -> new ones that can run."""
-        plan = job.plan
-        known: dict[Engine, Tensors | Task | None] = {}
-        keys = {engine: plan.key(engine, sources) for engine in plan.engines}
-        pending = {plan.makers[name] for name in plan.wanted}
-        while pending:  # from the answer back to what is known; None is what must be computed
-            engine = pending.pop()
-            known[engine] = self.cache.get(keys[engine]) or self._in_flight.get(keys[engine])
-            if known[engine] is None:
-                for name in engine.inputs:
-                    if name in plan.makers:
-                        pending |= {plan.makers[name]} - known.keys()
-                    elif sources[plan.origins[name]].tensors is None:
-                        raise Absent(plan.origins[name])
-        ready = []
-        for engine in plan.engines:
-            if engine in known:
-                found = known[engine]
-                result = "miss" if found is None else "in_flight" if isinstance(found, Task) else "hit"
-                self.metrics.cache.labels(plan.model, engine.name, result).inc()
-                if found is None:
-                    found = known[engine] = self._task(engine, plan, keys[engine], known, sources)
-                    if not found.producers:
-                        ready.append(found)
-                for name in plan.wanted & engine.outputs.keys():
-                    if not isinstance(found, Task):
-                        job.found[name] = found[name]
-                    elif job not in found.answers:
-                        found.answers.append(job)
-                        job.pending += 1
-                        self._join(found, job)
-        return ready
-
-    def _task(
-        self,
-        engine: Engine,
-        plan: Plan,
-        key: bytes,
-        known: Mapping[Engine, Tensors | Task | None],
-        sources: Mapping[str, Source],
-    ) -> Task:
-        task = self._in_flight[key] = Task(engine, key, plan.rest_s[engine])
-        for name in engine.inputs:
-            maker = plan.makers.get(name)
-            if maker is None:
-                task.inputs[name] = (sources[plan.origins[name]].tensors or {})[name]
-            elif not isinstance(producer := known[maker], Task):
-                task.inputs[name] = (producer or {})[name]
-            elif producer not in task.producers:
-                task.producers.append(producer)
-                producer.dependents.append(task)
-        return task
-
-    def _join(self, task: Task, job: Job) -> None:
-        """Let the job wait for a task, which becomes as urgent as the job, as does what it reads from."""
-        if job in task.jobs:
-            return
-        task.jobs.append(job)
-        if (urgency := (job.priority, job.deadline)) < task.urgency:
-            task.urgency = urgency
-            if task.waiting:
-                heapq.heappush(self._queue(task), (urgency, next(self._count), task))
-        for producer in task.producers:
-            self._join(producer, job)
+    def _hurry(self, task: Task) -> None:
+        """A task that may wait has become more urgent."""
+        if task.waiting:
+            heapq.heappush(self._queue(task), (task.urgency, next(self._count), task))
 
     def _queue(self, task: Task) -> Queue:
         return self._queues.setdefault((task.engine, task.engine.shape(task.inputs)), [])
@@ -185,19 +127,22 @@ class Scheduler:
         for task in batch:
             self.metrics.queue.labels(*labels).observe(begin - task.queued)
             self.metrics.rows.labels(*labels, task.jobs[0].plan.signature).inc()
-        rows: Sequence[Tensors] | EdgemmError
+        rows: Sequence[Tensors] | EdgemmError | Failed
         try:
             rows, elements, padding = engine.run(stream, [task.inputs for task in batch])
         except EdgemmError as e:
             rows, elements, padding = e, 0, 0
+        except (RuntimeError, ValueError, MemoryError) as e:  # what native libraries raise; the stream goes on
+            log.error("component failed", component=engine.name, error=str(e)[:1000])
+            rows, elements, padding = Failed(f"{engine.name} failed; the server's log says why"), 0, 0
         self.metrics.compute.labels(*labels).observe(self.clock() - begin)
         self.metrics.batch.labels(*labels).observe(len(batch))
         self.metrics.elements.labels(*labels).inc(elements)
         self.metrics.padding.labels(*labels).inc(padding)
         with self._changed:
             for i, task in enumerate(batch):
-                self._finish(task, rows if isinstance(rows, EdgemmError) else rows[i])
-            self.metrics.kept.set(self.cache.used_bytes)
+                self._finish(task, rows if isinstance(rows, EdgemmError | Failed) else rows[i])
+            self.metrics.kept.set(self.shared.cache.used_bytes)
 
     def _take(self) -> list[Task] | None:
         """Wait for the next batch; None when the server has stopped and all is answered."""
@@ -259,25 +204,23 @@ class Scheduler:
 
     def _drop(self, task: Task) -> None:
         task.waiting = False
-        if self._in_flight.get(task.key) is task:
-            del self._in_flight[task.key]
+        self.shared.forget(task)
         for job in task.jobs:
             self._settle(job)
         for dependent in task.dependents:
             self._drop(dependent)
 
-    def _finish(self, task: Task, outputs: Tensors | EdgemmError) -> None:
-        if isinstance(outputs, EdgemmError):
+    def _finish(self, task: Task, outputs: Tensors | EdgemmError | Failed) -> None:
+        if isinstance(outputs, EdgemmError | Failed):
             for job in task.jobs:
                 job.error = job.error or outputs
             self._drop(task)
             return
-        self._in_flight.pop(task.key, None)
-        self.cache.put(task.key, outputs)
+        self.shared.done(task, outputs)
         now = self.clock()
         for dependent in task.dependents:
             dependent.read(task, outputs)
-            if not dependent.producers and self._in_flight.get(dependent.key) is dependent:
+            if not dependent.producers and self.shared.running(dependent):
                 self._enqueue(dependent, now)
         for job in task.answers:
             job.found.update({name: outputs[name] for name in job.plan.wanted & task.engine.outputs.keys()})

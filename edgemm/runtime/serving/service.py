@@ -18,6 +18,7 @@ from edgemm.errors import EdgemmError, InputError
 from edgemm.runtime.preprocess import read_boxes
 from edgemm.runtime.query import Array, Tensors
 from edgemm.runtime.serving.checks import DATATYPES, check_audio, check_image, check_tensors
+from edgemm.runtime.serving.decoder import PROMPT
 from edgemm.runtime.serving.metrics import Metrics
 from edgemm.runtime.serving.model import Model, digest_of, tensors_source
 from edgemm.runtime.serving.options import Limits, Options
@@ -143,12 +144,15 @@ class Service:
 
         Raises InputError, Rejected, Expired.
         """
-        given = self._modalities(model, asked.inputs)
+        inputs = asked.inputs
+        if model.prompted and inputs:
+            inputs = {PROMPT: np.zeros((*next(iter(inputs.values())).shape[:1], 0), np.int64), **inputs}
+        given = self._modalities(model, inputs)
         plan = model.plan(given, frozenset(asked.outputs))
-        check_tensors(model, asked.inputs)
-        batch = {len(value) for value in asked.inputs.values()}
+        check_tensors(model, inputs)
+        batch = {len(value) for value in inputs.values()}
         if len(batch) != 1 or not 1 <= (rows := batch.pop()) <= self.options.max_batch_size:
-            sizes = ", ".join(f"{n} {list(v.shape)}" for n, v in asked.inputs.items())
+            sizes = ", ".join(f"{n} {list(v.shape)}" for n, v in inputs.items())
             raise InputError(
                 f"the inputs are {sizes}"[:300], fix=f"give the same batch to all, 1 to {self.options.max_batch_size}"
             )
@@ -158,7 +162,7 @@ class Service:
             for i in range(rows):
                 sources = {}
                 for modality in given:
-                    tensors = {n: asked.inputs[n][i : i + 1] for n in model.sources[modality]}
+                    tensors = {n: inputs[n][i : i + 1] for n in model.sources[modality]}
                     if modality == "text" and model.buckets:
                         length = next(iter(tensors.values())).shape[1]
                         tensors = model.pad(tensors)
@@ -207,8 +211,12 @@ class Service:
                 raise InputError(f"the model takes no {modality}", fix=f"it takes {' and '.join(model.sources)}")
         if not media:
             raise InputError("there is nothing to run", fix=f"give {' and '.join(model.sources)}")
+        if model.prompted:
+            media = {"text": "", **media}
         plan = model.answer_plan(frozenset(media))
-        sources = {m: Source(digest_of(m, content, boxes or "")) for m, content in media.items()}
+        sources = {
+            m: Source(digest_of(m, content, boxes if boxes and m == "text" else "")) for m, content in media.items()
+        }
         while True:
             try:
                 found = await self._submit(plan, sources, {})

@@ -27,6 +27,10 @@ class Expired(Exception):
     """The request's time was over before it was answered."""
 
 
+class Failed(Exception):
+    """A component could not run, and the request is not to blame."""
+
+
 class Absent(Exception):
     """The named source has to be read: nothing that was made of it is kept."""
 
