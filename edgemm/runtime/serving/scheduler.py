@@ -47,7 +47,7 @@ class Scheduler:
         self._queues: dict[tuple[Engine, Any], Queue] = {}
         self._order: dict[str, deque[Job]] = defaultdict(deque)
         self._count = itertools.count()
-        self._jobs, self._idle, self._closing = 0, 0, False
+        self._jobs, self._idle, self._closing, self._patient = 0, 0, False, options.max_queue_delay_us > 0
         self._streams = [
             threading.Thread(target=self._stream, args=(n,), name=f"stream-{n}", daemon=True)
             for n in range(options.streams)
@@ -57,10 +57,16 @@ class Scheduler:
         for stream in self._streams:
             stream.start()
 
+    def hurry(self) -> None:
+        """From now on no batch waits to grow."""
+        with self._changed:
+            self._patient = False
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Refuse what comes, answer what was accepted, end the streams."""
         with self._changed:
-            self._closing = True
+            self._closing, self._patient = True, False
             self._changed.notify_all()
         for stream in self._streams:
             if stream.is_alive():
@@ -187,7 +193,7 @@ class Scheduler:
 
     def _hold(self, place: tuple[Engine, Any], queue: Queue, now: float) -> float:
         """Seconds that this queue may still wait for its batch to grow."""
-        if self._closing or not self.options.max_queue_delay_us or len(queue) >= place[0].sizes[-1]:
+        if not self._patient or len(queue) >= place[0].sizes[-1]:
             return 0.0
         oldest = min(entry[2].queued for entry in queue)
         return oldest + self.options.max_queue_delay_us / 1e6 - now

@@ -28,7 +28,17 @@ log = structlog.get_logger("edgemm.serve")
 
 
 class Http(uvicorn.Server):
-    """uvicorn, which leaves signals to us."""
+    """uvicorn, which leaves signals to us, and says when it listens.
+
+    grpc   address of the other protocol
+    """
+
+    grpc: str | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        addresses = [":".join(map(str, s.getsockname()[:2])) for s in sockets or []]
+        log.info("listening", http=addresses[0], grpc=self.grpc)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -69,11 +79,11 @@ async def _serve(
             timeout_graceful_shutdown=round(limits.drain_s),
         )
     )
-    rpc, rpc_port = None, None
+    rpc = None
     if grpc_port is not None:
         rpc = grpc_service.build(service, version, control)
         try:
-            rpc_port = rpc.add_insecure_port(f"{host}:{grpc_port}")
+            http.grpc = f"{host}:{rpc.add_insecure_port(f'{host}:{grpc_port}')}"
         except RuntimeError as e:
             raise InputError(f"cannot listen on {host}:{grpc_port}: {e}", fix="give another --grpc-port") from e
         await rpc.start()
@@ -81,6 +91,7 @@ async def _serve(
     def stop() -> None:
         log.info("stopping", pending=service.scheduler.pending)
         service.stopping = True
+        service.scheduler.hurry()
         http.should_exit = True
 
     def reload_all() -> None:
@@ -91,7 +102,6 @@ async def _serve(
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, reload_all)
     poll = loop.create_task(_poll(service)) if control == "poll" else None
-    log.info("listening", http=f"{host}:{listener.getsockname()[1]}", grpc=rpc_port and f"{host}:{rpc_port}")
     await http.serve(sockets=[listener])
     if poll:
         poll.cancel()
