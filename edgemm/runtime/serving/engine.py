@@ -20,7 +20,7 @@ from edgemm.runtime.query import Array, Call, Tensors
 
 Shape = tuple[tuple[int, ...], ...]  # of each input, without the batch axis
 ROUNDS = 6  # timings of each batch size
-TOLERANCE = 1e-3  # of the largest value: by how much a row in a batch may differ from the same row alone
+TOLERANCE = 5e-3  # of the largest value: by how much a row in a batch may differ from the same row alone (INT8 rounds)
 
 
 class Engine:
