@@ -43,7 +43,11 @@ def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -
     ]
     tools = [
         {"type": "library", "bom-ref": f"tool:{name}", "name": name, "version": version}
-        | ({} if name == "edgemm" else {"purl": f"pkg:pypi/{name}@{quote(version)}"})
+        | (
+            {}
+            if name == "edgemm"
+            else {"purl": f"pkg:{'generic' if name == 'zlib' else 'pypi'}/{name}@{quote(version)}"}
+        )
         for name, version in sorted(provenance["versions"].items())
         if version != "absent"
     ]

@@ -31,13 +31,18 @@ class Cuda:
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(device), 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self.call("cuCtxSetCurrent", context)
+        self.context = context
+        self.use()
         self.call("cuStreamCreate", ctypes.byref(stream), 0)
         self.stream = int(stream.value or 0)
 
     def call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self.driver, name)(*arguments):
             raise ToolchainError(f"CUDA: {name} failed with code {code}", fix="look at nvidia-smi; free GPU memory")
+
+    def use(self) -> None:
+        """Make the device that of the thread which calls this: each thread has to."""
+        self.call("cuCtxSetCurrent", self.context)
 
     def allocate(self, size_bytes: int) -> int:
         """Device memory, kept until the process ends or `free`."""
@@ -63,6 +68,8 @@ class Cuda:
 def load(trt: ModuleType, files: Mapping[str, bytes], component: dict[str, Any], cuda: Cuda) -> Call:
     """A component's engine as a call from named inputs to named outputs, on the first CUDA device.
 
+    Any thread may call it, one at a time.
+
     component   its entry in program.json
     Raises ToolchainError for an engine of another GPU or version, and for inputs outside its profile.
     """
@@ -87,6 +94,7 @@ def load(trt: ModuleType, files: Mapping[str, bytes], component: dict[str, Any],
         return address
 
     def call(tensors: Tensors) -> dict[str, NDArray[Any]]:
+        cuda.use()
         for port in component["inputs"]:
             array = np.ascontiguousarray(tensors[port["name"]])
             if not context.set_input_shape(port["name"], array.shape):
