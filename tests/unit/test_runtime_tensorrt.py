@@ -113,13 +113,20 @@ def test_inputs_go_in_and_outputs_come_back_for_growing_and_shrinking_batches() 
     assert len(memory.blocks) == 2
 
 
-def test_threads_take_turns_at_an_engine_each_with_its_cuda_context() -> None:
-    memory, context = Memory(), Context()
-    component = Component(COMPONENT, lambda spec: _tensorrt.load(fake(context), FILES, spec, memory))  # type: ignore[arg-type]
+def test_each_thread_has_an_execution_context_and_the_cuda_context() -> None:
+    memory, library, contexts = Memory(), fake(Context()), []
+
+    def load(spec: dict[str, Any]) -> _tensorrt.Engine:
+        loaded = _tensorrt.load(library, FILES, spec, memory)  # type: ignore[arg-type]
+        loaded.engine.create_execution_context = lambda: contexts.append(Context()) or contexts[-1]
+        return loaded
+
+    component = Component(COMPONENT, load)
     xs = [np.full((1 + i % 4, 3), i, np.float32) for i in range(64)]
-    with ThreadPoolExecutor(4) as pool:
+    with component.call(), component.call(), ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda x: component({"x": x})["y"], xs))
     assert all(np.array_equal(y, 2 * x) for x, y in zip(xs, made, strict=True))
+    assert 2 <= len(contexts) <= 5
 
 
 def test_what_is_no_array_in_a_row_is_made_one() -> None:
