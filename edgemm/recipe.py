@@ -144,13 +144,15 @@ class Recover(Strict):
 class Search(Strict):
     """How wide each layer is to stay: see edgemm/search.py.
 
-    speedup  of the FP32 graph, by pruning alone, on the target
-    repair   correct what stays by least squares on the calibration data
+    speedup     of the FP32 graph, by pruning alone, on the target
+    repair      correct what stays by least squares on the calibration data
+    key_tokens  let image tokens leave too, as many as pays on the target
     """
 
     use: Literal["latency"]
     speedup: float = Field(gt=1)
     repair: bool = True
+    key_tokens: bool = False
 
 
 Version = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # what JSON carries whole everywhere

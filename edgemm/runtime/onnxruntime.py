@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,27 @@ from numpy.typing import NDArray
 from edgemm.errors import InputError, ToolchainError
 
 
-def compile_component(
-    files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]
-) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
-    """Load `component` from its .onnx; the returned call maps named inputs to named outputs.
+class Graph:
+    """A loaded graph, which any number of threads may call at once: named inputs to named outputs."""
+
+    def __init__(self, session: Any, component: dict[str, Any], failures: tuple[type[Exception], ...]) -> None:
+        self.session, self.failures, self.name = session, failures, component["name"]
+        self.inputs = {port["name"]: port["dtype"] for port in component["inputs"]}
+        self.outputs = [port["name"] for port in component["outputs"]]
+
+    def __call__(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        try:
+            results = self.session.run(self.outputs, {n: np.asarray(tensors[n], d) for n, d in self.inputs.items()})
+        except self.failures as e:
+            raise InputError(f"{self.name}: ONNX Runtime can't run it: {e}", fix="see what its inputs may be") from e
+        return dict(zip(self.outputs, results, strict=True))
+
+    def another(self) -> Graph:
+        return self
+
+
+def compile_component(files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]) -> Graph:
+    """Load `component` from its .onnx.
 
     settings   threads; precision: f32 is all that its CPU kernels have
                qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
@@ -46,14 +63,4 @@ def compile_component(
         session = ort.InferenceSession(files[f"{name}.onnx"], options, providers=["CPUExecutionProvider"])
     except failures as e:
         raise InputError(f"{name}: ONNX Runtime can't load it: {e}", fix="export it again, in FP32") from e
-    inputs = {port["name"]: port["dtype"] for port in component["inputs"]}
-    outputs = [port["name"] for port in component["outputs"]]
-
-    def call(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        try:
-            results = session.run(outputs, {n: np.asarray(tensors[n], dtype) for n, dtype in inputs.items()})
-        except failures as e:
-            raise InputError(f"{name}: ONNX Runtime can't run it: {e}", fix="see what its inputs may be") from e
-        return dict(zip(outputs, results, strict=True))
-
-    return call
+    return Graph(session, component, failures)
