@@ -18,8 +18,8 @@ def compile_component(
 ) -> Callable[[Tensors], dict[str, Any]]:
     """Compile `component` from its .xml and .bin; the returned call maps named inputs to named outputs.
 
-    settings   threads; precision: INFERENCE_PRECISION_HINT of the float parts. Left to itself the CPU
-               plugin picks bf16 where the CPU has it, so it is always set.
+    settings   threads; precision: INFERENCE_PRECISION_HINT of the float parts, if the component has none of its own.
+               Left to itself the CPU plugin picks bf16 where the CPU has it, so it is always set.
 
     The returned arrays are the component's own buffers, valid until its next call; an array that it is given again
     is not read again. What the graph keeps from call to call (a decoder's cache) is returned as a Kept.
@@ -36,7 +36,7 @@ def compile_component(
         what = f"{component['name']}: OpenVINO can't load it: {' '.join(str(e).split())}"[:500]
         raise InputError(what, fix="run edgemm compress again, or pip install --upgrade openvino") from e
     options: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": settings["precision"],
+        "INFERENCE_PRECISION_HINT": component.get("precision") or settings["precision"],
         "INFERENCE_NUM_THREADS": settings["threads"],
         "PERFORMANCE_HINT": "LATENCY",
     }
