@@ -13,7 +13,7 @@ CHANNELS, TIMES = (3, 11, 25), 100.0
 
 
 def plant(source: Path, directory: Path) -> Path:
-    """The reasoner in `source` with LayerNorm gains TIMES as large in CHANNELS, and what reads them so much smaller."""
+    """The reasoner in `source` with LayerNorm gains in CHANNELS TIMES the largest other, and weights that undo it."""
     model = reasoner.load(source)
     layers = [layer for layer in model.fusion.layers if isinstance(layer, FusionLayer)]
     with torch.no_grad():
@@ -31,10 +31,13 @@ def plant(source: Path, directory: Path) -> Path:
 
 def amplify(norm: torch.nn.LayerNorm, *readers: torch.nn.Linear) -> None:
     channels = list(CHANNELS)
-    norm.weight[channels] *= TIMES
-    norm.bias[channels] *= TIMES
+    rest = norm.weight.abs().clone()
+    rest[channels] = 0
+    times = TIMES * rest.max() / norm.weight[channels].abs()
+    norm.weight[channels] *= times
+    norm.bias[channels] *= times
     for linear in readers:
-        linear.weight[:, channels] /= TIMES
+        linear.weight[:, channels] /= times
 
 
 def answers(model: Reasoner) -> torch.Tensor:

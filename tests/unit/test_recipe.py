@@ -392,6 +392,11 @@ def test_form_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
         check_plugins(load_recipe("default", {"quantize.components": {"fusion": change}}))
 
 
+def test_budget_must_be_a_time() -> None:
+    with pytest.raises(InputError, match=r"quantize\.search\.budget_minutes"):
+        load_recipe("reasoner-int8", {"quantize.search.budget_minutes": 0})
+
+
 CPUINFO = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\nmodel name\t: A CPU\n"
 
 
