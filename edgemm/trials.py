@@ -85,8 +85,9 @@ class Bench:
         kept = build("trial", self.runs, parents=parents, config=config, tools=("openvino", "onnxruntime"), make=make)
         sqnr, faster = kept.json("trial.json")
         options = form.options
+        smooth = getattr(options, "smooth_quant", -1.0)
         return Trial(
-            smooth_quant=getattr(options, "smooth_quant", -1.0),
+            smooth_quant=-1.0 if isinstance(smooth, str) else smooth,
             ranges=getattr(options, "ranges", ""),
             sqnr_db=sqnr,
             int8=options is not None,

@@ -37,7 +37,9 @@ EQUAL = 0.04  # forms that are no more than this faster count as equally fast, a
 AGAIN = 3  # more products in float, where the simulation promised too much
 
 
-def tune(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> tuple[Recipe, tuple[Tuned, ...]]:
+def tune(
+    graph: Artifact, recipe: Recipe, target: Target, runs: Path, model: Artifact | None = None
+) -> tuple[Recipe, tuple[Tuned, ...]]:
     """The recipe with the form of each component that its `quantize.search` finds, and how it was found."""
     if recipe.quantize is None or (search := recipe.quantize.search) is None:
         return recipe, ()
@@ -45,7 +47,7 @@ def tune(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> tuple[R
         return recipe, ()
     quantize = recipe.quantize.model_copy(update={"held": HELD})
     recipe = recipe.model_copy(update={"quantize": quantize})
-    work = Work(graph, recipe, target, runs)
+    work = Work(graph, recipe, target, runs, model)
 
     def make(out: Path) -> None:
         ends = time.monotonic() + search.budget_minutes * 60
@@ -53,7 +55,7 @@ def tune(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> tuple[R
         if target.static:
             for component in program["components"]:
                 fix_shapes(component, program)
-        held = record(graph, work.calibration[1], program)
+        held = record(graph, recipe, set(work.specs), program)
         rows = []
         for i, component in enumerate(program["components"]):
             name = component["name"]
@@ -88,21 +90,14 @@ def judged_on(recipe: Recipe) -> dict[str, Any]:
 
 def chosen_form(work: Work, row: Tuned) -> dict[str, Any]:
     """What a recipe says of a component to get the form that was chosen."""
-    changes: dict[str, Any] = {"int8": row.int8}
+    changes: dict[str, Any] = {"use": work.uses[row.component], "int8": row.int8}
     if work.target.backend == "openvino":
         changes["precision"] = row.precision
     options = work.options[row.component]
-    if row.int8 and ranged(work, row.component):
+    if row.int8 and work.ranged(row.component):
         found = {"smooth_quant": row.smooth_quant, "ranges": row.ranges, "keep_float": list(row.keep_float)}
         changes |= {k: v for k, v in found.items() if k in type(options).model_fields}
     return {**options.model_dump(mode="json", exclude_unset=True), **changes}
-
-
-def ranged(work: Work, name: str) -> bool:
-    """Whether activations of a component are to be INT8, so that there is anything to search but its form."""
-    assert work.recipe.quantize
-    quantizer: Any = plugins.plugin("quantizers", work.recipe.quantize.use)
-    return bool(quantizer.needs_samples(work.options[name]))
 
 
 def tune_component(bench: Bench, work: Work, search: QuantizeSearch, late: Callable[[], bool]) -> Tuned:
@@ -129,7 +124,7 @@ def tune_component(bench: Bench, work: Work, search: QuantizeSearch, late: Calla
         trials += [bench.measure(Form(bench.plain, None, p)) for p in precisions]
     best: Trial | None = None
     base: dict[str, Any] = {}
-    for changes in settings(options, search) if ranged(work, name) else [{}]:
+    for changes in settings(options, search) if work.ranged(name) else [{}]:
         if best and (best.sqnr_db >= search.sqnr_db or late()):
             break
         row = attempt(changes)
@@ -137,7 +132,7 @@ def tune_component(bench: Bench, work: Work, search: QuantizeSearch, late: Calla
             best, base = row, changes
     assert best
     sensitivity: list[Sensitivity] = []
-    if ranged(work, name) and "keep_float" in type(options).model_fields:
+    if work.ranged(name) and "keep_float" in type(options).model_fields:
         made = work.int8(name, options.model_copy(update=base))
         saved = saved_ms(bench, made, options, best.precision)
         switch = Switches(bench.component, onnx.load(made.path / f"{name}.onnx"), work.read(name), bench.held)

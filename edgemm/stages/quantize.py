@@ -7,7 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import onnx
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
-from edgemm.data import Sample, split
+from edgemm.data import split
 from edgemm.errors import InputError
 from edgemm.graph.centering import center_vocabulary
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.graph.ranges import unsettled
 from edgemm.graph.saturation import pairs, unsaturated
+from edgemm.graph.unsigned import unsigned_activations
 from edgemm.host import adds_in_16_bits, host_isa
+from edgemm.models import find_family, read_model
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Saturation, Settled
 from edgemm.runtime.program import Generation, Program
@@ -35,14 +37,16 @@ from edgemm.target import Target
 
 STEPS = 4
 HALF = 64  # samples of each half whose ranges are compared
-TOOLS = ("nncf", "onnx", "onnxruntime", "easy-vqa")
+TOOLS = ("nncf", "neural-compressor", "torchao", "torch", "onnx", "onnxruntime", "easy-vqa")
 
 
-def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Artifact:
+def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model: Artifact | None = None) -> Artifact:
     """Quantize every component of `graph` in the target's dialect.
 
-    openvino   <component>.onnx as the quantizer makes it; without one in the recipe, `graph` itself
-    tensorrt   <component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx: graph/lower.py
+    model        what `graph` was exported from, for quantizers that observe torch modules
+    openvino     <component>.onnx as the quantizer makes it; without one in the recipe, `graph` itself
+    onnxruntime  the same, activations in uint8
+    tensorrt     <component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx: graph/lower.py
     findings.json is what the report says of ranges and of saturation.
     """
     tensorrt = target.dialect == "tensorrt"
@@ -50,8 +54,10 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Art
     if not use and not tensorrt:
         return graph
     precisions = [p for p in target.precisions if p != "int8" or use]
-    work = Work(graph, recipe, target, runs)
+    work = Work(graph, recipe, target, runs, model)
     options = work.options if use else {}
+    if recipe.quantize and not use:
+        log(f"{target.name} has no INT8: quantize is left out")
     forms = {n: recipe.quantize.form(n) for n in work.specs} if recipe.quantize else {}
     made_int8 = {n for n in options if forms[n].int8}
 
@@ -72,7 +78,7 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Art
                 onnx.save(work.read(name) if quantized is None else quantized, out / f"{name}.onnx")
                 continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
-            lowered = lower(work.read(name), quantized, work.samples(name), target.opset_max, name)
+            lowered = lower(work.read(name), quantized, work.recorded[name], target.opset_max, name)
             for precision, model in lowered.items():
                 if kept := kept_in_float32(model):
                     log(f"{name}.{precision}: {len(kept)} nodes stay in FP32, the first is {kept[0]}")
@@ -91,7 +97,7 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Art
             "isa": work.isa if work.narrow else None,
             "opset_max": target.opset_max,
             "precisions": precisions,
-            "use": use,
+            "use": work.uses if use else {},
             "components": {n: o.model_dump(mode="json") for n, o in options.items()},
             "forms": {n: [f.int8, f.precision] for n, f in forms.items()},
             "held": recipe.quantize.held if recipe.quantize else 0,
@@ -111,11 +117,18 @@ class Work:
     recipe: Recipe
     target: Target
     runs: Path
+    model: Artifact | None = None
 
     @cached_property
     def specs(self) -> dict[str, dict[str, Any]]:
         """Components by name, as program.json has them."""
         return {c["name"]: c for c in self.graph.json("program.json")["components"]}
+
+    @cached_property
+    def uses(self) -> dict[str, str]:
+        """The quantizer of each component."""
+        assert self.recipe.quantize
+        return {n: self.recipe.quantize.quantizer(n) for n in self.specs}
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -126,7 +139,25 @@ class Work:
             if "*" not in pattern and pattern not in self.specs:
                 known = ", ".join(self.specs)
                 raise InputError(f"{where}.components.{pattern}: no such component", fix=f"components: {known}")
-        return {n: plugins.options("quantizers", quantize.use, quantize.of(n), where) for n in self.specs}
+        found = {n: plugins.options("quantizers", self.uses[n], quantize.of(n), where) for n in self.specs}
+        for name, options in found.items():
+            check_dialect(name, options, self.target)
+        return found
+
+    @cached_property
+    def calls(self) -> dict[str, Any]:
+        """What quantizes each component."""
+        return bound({n: plugins.plugin("quantizers", use) for n, use in self.uses.items()}, self.model)
+
+    @cached_property
+    def logits(self) -> dict[str, str]:
+        """The output of the component that writes text, if there is one."""
+        output = plugins.validate(Program, self.graph.json("program.json"), str(self.graph.path)).output
+        return {output.decoder: output.logits} if isinstance(output, Generation) else {}
+
+    def ranged(self, name: str) -> bool:
+        """Whether activations of a component are to be INT8."""
+        return bool(plugins.plugin("quantizers", self.uses[name]).needs_samples(self.options[name]))
 
     @property
     def isa(self) -> str:
@@ -138,31 +169,12 @@ class Work:
         return self.target.dialect == "openvino" and adds_in_16_bits(self.target.isa or host_isa())
 
     @cached_property
-    def calibration(self) -> tuple[list[Sample], list[Sample]]:
-        """Samples that give ranges, and those that a search is judged on."""
-        found, _ = split(self.recipe, lambda: self.graph.json("program.json"))
-        if len(found) < self.recipe.calibration:
-            log(f"calibration: {self.recipe.calibration} samples are asked for, and there are {len(found)}")
-        held = spread(found, min(self.recipe.quantize.held if self.recipe.quantize else 0, len(found) // 2))
-        chosen = {s.id for s in held}
-        return [s for s in found if s.id not in chosen], held or found[:1]
-
-    @cached_property
     def recorded(self) -> dict[str, list[Tensors]]:
-        """What each component meets on the samples that give ranges."""
-        return record(self.graph, self.calibration[0])
-
-    def samples(self, name: str) -> list[Tensors]:
-        """What a component meets. InputError where that is nothing, or NaN."""
-        rows, takes = self.recorded[name], [p["name"] for p in self.specs[name]["inputs"]]
-        if not rows:
-            what = f"no calibration sample has what {name} takes: {', '.join(takes)}"
-            raise InputError(what, fix="give rows with its modality")
-        for key in takes:
-            if any(row[key].dtype.kind == "f" and np.isnan(row[key]).any() for row in rows):
-                what = f"{name} meets NaN in {key} on calibration samples"
-                raise InputError(what, fix="repair the data, or the FP32 model")
-        return rows
+        """What each component meets on the samples that give ranges, of those that need any."""
+        if self.target.dialect == "tensorrt":
+            return record(self.graph, self.recipe, set(self.specs))  # FP16 needs them, too
+        wanted = {n for n in self.specs if self.ranged(n)} | set(self.logits)
+        return record(self.graph, self.recipe, wanted)
 
     def read(self, name: str) -> onnx.ModelProto:
         """The FP32 graph of a component, as a quantizer takes it best."""
@@ -171,23 +183,22 @@ class Work:
     def int8(self, name: str, options: Any) -> Artifact:
         """<component>.onnx as the quantizer makes it with `options`, corrected; findings.json, see `quantize`."""
         assert self.recipe.quantize
-        use = self.recipe.quantize.use
+        use = self.uses[name]
 
         def make(out: Path) -> None:
-            quantizer: Any = plugins.plugin("quantizers", use)
-            output = plugins.validate(Program, self.graph.json("program.json"), str(self.graph.path)).output
-            logits = isinstance(output, Generation) and name == output.decoder
-            ranged = quantizer.needs_samples(options)
-            samples = self.samples(name) if ranged or logits else []
+            ranged = self.ranged(name)
+            samples = self.recorded[name] if ranged or name in self.logits else []
             log(f"quantize {name}: {use}, {len(samples)} samples")
-            made = quantizer.quantize(self.read(name), samples, options)
-            if isinstance(output, Generation) and logits:
-                made = unbiased(made, self.read(name), self.specs[name], samples, output.logits)
+            made = self.calls[name](self.read(name), samples, options)
+            if name in self.logits:
+                made = unbiased(made, self.read(name), self.specs[name], samples, self.logits[name])
             findings: dict[str, Any] = {}
             if ranged:
                 findings["ranges"] = settled(name, made, samples).model_dump(mode="json")
                 made, found = self.unsaturated(name, made)
                 findings["saturation"] = found.model_dump(mode="json")
+            if self.target.dialect == "onnxruntime":
+                made = unsigned_activations(made)
             onnx.save(made if self.target.dialect == "tensorrt" else int8_tables(made), out / f"{name}.onnx")
             (out / "findings.json").write_text(json.dumps(findings), encoding="utf-8")
 
@@ -240,28 +251,72 @@ def settled(name: str, model: onnx.ModelProto, samples: Sequence[Tensors]) -> Se
     return Settled(component=name, samples=len(few), tensors=tensors, unsettled=moved)
 
 
+def check_dialect(name: str, options: Any, target: Target) -> None:
+    """InputError where the target can't run what a quantizer is asked for."""
+    if getattr(options, "bits", 8) == 4 and target.dialect == "tensorrt":
+        raise InputError(f"quantize: {name}: bits = 4: the graphs for TensorRT are INT8 and FP16", fix="bits: 8")
+    if getattr(options, "dynamic", False) and (target.dialect != "onnxruntime" or not target.static):
+        raise InputError(
+            f"quantize: {name}: dynamic = true on {target.name}: one range for a whole tensor, found in each call, is "
+            "what ONNX Runtime's kernels do, and makes answers depend on their batch",
+            fix="dynamic: false, or a target with backend: onnxruntime and static: true",
+        )
+
+
+def bound(quantizers: dict[str, Any], model: Artifact | None) -> dict[str, Any]:
+    """What quantizes each component: with its torch module, where the quantizer observes one."""
+    components = {}
+    if model is not None and any(getattr(q, "NEEDS_MODULE", False) for q in quantizers.values()):
+        directory = model.path / "model"
+        family = find_family(directory)
+        components = {c.name: c for c in family.components(read_model(family, directory))}
+    return {
+        name: partial(q.quantize, component=components.get(name)) if getattr(q, "NEEDS_MODULE", False) else q.quantize
+        for name, q in quantizers.items()
+    }
+
+
 def record(
-    graph: Artifact, samples: Sequence[Sample], program: dict[str, Any] | None = None
+    graph: Artifact, recipe: Recipe, wanted: set[str], judged_with: dict[str, Any] | None = None
 ) -> dict[str, list[Tensors]]:
-    """The inputs of each component as the FP32 graph meets them.
+    """The inputs of each component as the FP32 graph meets them on the calibration samples; none of unwanted ones.
 
     A decoder meets one input a token: STEPS of each sample are kept, spread over its length.
 
-    program   with the shapes that a target fixes; shorter inputs are padded to them
+    judged_with   program.json with the shapes that a target fixes, to which shorter inputs are padded: the samples
+                  that a search is judged on; None: those that give ranges
     """
-    changes = {"components": program["components"]} if program else {}
-    session = open_directory(graph.path, **changes)
+    session = open_directory(graph.path, **({"components": judged_with["components"]} if judged_with else {}))
     recorded: dict[str, list[Tensors]] = {name: [] for name in session.components}
-    for sample in progress(samples, "calibration samples"):
+    if not wanted:
+        return recorded
+    calibration, _ = split(recipe, lambda: graph.json("program.json"))
+    if len(calibration) < recipe.calibration:
+        log(f"calibration: {len(calibration)} samples, of {recipe.calibration} that the recipe asks for")
+    held = spread(calibration, min(recipe.quantize.held if recipe.quantize else 0, len(calibration) // 2))
+    ids = {s.id for s in held}
+    calibration = held or calibration[:1] if judged_with else [s for s in calibration if s.id not in ids]
+    for sample in progress(calibration, "calibration samples"):
         met: dict[str, list[Tensors]] = defaultdict(list)
         session.observe = lambda name, tensors, met=met: met[name].append(dict(tensors))
         tensors = session.tensors(sample.query)
-        if session.decoder:
-            session.complete(tensors, sample.text)
-        else:
-            session.infer(tensors)
-        for name, rows in met.items():
-            recorded[name] += rows[:: max(1, len(rows) // STEPS)]
+        known = session.infer(tensors)
+        if session.decoder in wanted:
+            session.generate(known, sample.text)
+        if broken := [n for n, v in known.items() if v.dtype.kind == "f" and np.isnan(v).any()]:
+            raise InputError(
+                f"calibration sample {sample.id}: the FP32 model makes NaN of it, first in {broken[0]}",
+                fix="leave the row out; if all rows do so, the weights are broken",
+            )
+        for name in wanted:
+            recorded[name] += met[name][:: max(1, len(met[name]) // STEPS)]
+    if unmet := sorted(name for name in wanted if not recorded[name]):
+        ports = next(spec["inputs"] for spec, _ in session.components.values() if spec["name"] == unmet[0])
+        raise InputError(
+            f"none of {len(calibration)} calibration samples reaches {unmet[0]}: "
+            f"it needs {', '.join(p['name'] for p in ports)}",
+            fix=f"give rows with {' and '.join(session.sources)} in the train split",
+        )
     return recorded
 
 

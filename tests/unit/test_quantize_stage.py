@@ -1,73 +1,86 @@
-"""Calibration data that can't give ranges is refused, with the component that it is missing for."""
+"""What the quantize stage refuses: samples that are missing or broken, what a target can't run."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
-from edgemm.artifact import build
+from edgemm.data import Sample
 from edgemm.errors import InputError
-from edgemm.graph.bypass import quantized_products
-from edgemm.graph.saturation import pairs
-from edgemm.quantizers import nncf
-from edgemm.recipe import load_recipe
-from edgemm.simulation import answers, simulated
-from edgemm.stages.quantize import Work, spread
+from edgemm.quantizers import nncf, onnxruntime
+from edgemm.recipe import Recipe
+from edgemm.stages import quantize as stage
 from edgemm.target import Target
-from tests.unit.test_tuning import SPEC, WIDTH, graph, samples
 
 
-def work(tmp_path: Path, recorded: list[dict[str, Any]], **target: Any) -> Work:
-    plain = build("graph", tmp_path, config={}, make=lambda out: onnx.save(graph(), out / "g.onnx"))
-    found = Work(
-        plain, load_recipe("default", {"data": "easy_vqa"}), Target(name="t", backend="openvino", **target), tmp_path
-    )
-    vars(found).update({"specs": {"g": SPEC}, "recorded": {"g": recorded}})
-    return found
+class Session:
+    """Two encoders; a sample without text reaches the image's alone. What it makes of a text is its number."""
+
+    decoder = None
+    observe: Any = None
+
+    def __init__(self) -> None:
+        takes = {"vision": "pixels", "words": "ids"}
+        self.components = {n: ({"name": n, "inputs": [{"name": port}]}, None) for n, port in takes.items()}
+        self.sources = {"image": {"pixels"}, "text": {"ids"}}
+
+    def tensors(self, query: Any) -> dict[str, np.ndarray]:
+        return {"pixels": np.ones(1)} if query.text is None else {"ids": np.array([float(query.text)])}
+
+    def infer(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name = "vision" if "pixels" in tensors else "words"
+        self.observe(name, tensors)
+        return tensors | {f"{name}_out": next(iter(tensors.values())) * 2}
 
 
-def test_a_component_that_meets_nothing_is_refused(tmp_path: Path) -> None:
+def record(monkeypatch: pytest.MonkeyPatch, texts: list[str | None], asked: int = 2) -> dict[str, list[Any]]:
+    samples = [
+        Sample(id=str(i), group=str(i), image=None if t else b"x", text=t, label=None) for i, t in enumerate(texts)
+    ]
+    monkeypatch.setattr(stage, "open_directory", lambda path: Session())
+    monkeypatch.setattr(stage, "split", lambda recipe, program: (samples, []))
+    graph: Any = SimpleNamespace(path=None, json=lambda name: {})
+    return stage.record(graph, Recipe(name="x", calibration=asked), {"vision", "words"})
+
+
+def test_what_each_component_meets_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = record(monkeypatch, ["3", None])
+    assert {name: len(rows) for name, rows in found.items()} == {"vision": 1, "words": 1}
+
+
+def test_no_calibration_row_for_a_modality(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        InputError, match=r"no calibration sample has what g takes: x\n  fix: give rows with its modality"
+        InputError, match=r"none of 2 calibration samples reaches words: it needs ids\n  fix: give rows"
     ):
-        work(tmp_path, []).samples("g")
+        record(monkeypatch, [None, None])
 
 
-def test_nan_is_refused(tmp_path: Path) -> None:
-    broken = np.full((1, WIDTH), np.nan, np.float32)
-    with pytest.raises(InputError, match="g meets NaN in x on calibration samples"):
-        work(tmp_path, [*samples(2), {"x": broken}]).samples("g")
-    assert len(work(tmp_path, samples(2)).samples("g")) == 2
+def test_a_sample_of_which_the_model_makes_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="calibration sample 1: the FP32 model makes NaN of it, first in ids"):
+        record(monkeypatch, ["3", "nan", None])
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0])
-def test_constant_activations_give_a_graph_that_runs(value: float) -> None:
-    same = [{"x": np.full((4, WIDTH), value, np.float32)}] * 4
-    made = nncf.quantize(graph(), same, nncf.Options())
-    for row in answers(simulated(made, SPEC), same):
-        assert np.isfinite(row["y"]).all()
+def test_fewer_samples_than_asked_are_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record(monkeypatch, ["3", None], asked=300)
+    assert "2 samples, of 300 that the recipe asks for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("isa", "seven"), [("avx512_vnni", False), ("avx2", True)])
-def test_what_a_cpu_without_vnni_gets_is_proven(tmp_path: Path, isa: str, seven: bool) -> None:
-    made = nncf.quantize(graph(), samples(), nncf.Options())
-    ready, found = work(tmp_path, [], isa=isa).unsaturated("g", made)
-    assert (found.isa, found.sixteen_bits) == (isa, seven)
-    assert set(found.proven) | set(found.unproven) == set(quantized_products(ready))
-    if seven:
-        assert found.seven_bits
-        assert found.unproven == ()
-        assert all(p.proven for p in pairs(ready))
-    else:
-        assert (found.seven_bits, found.floats) == ((), ())
-        assert found.unproven
+@pytest.mark.parametrize(
+    ("options", "target", "reason"),
+    [
+        (nncf.Options(weight_only=True, bits=4), {"backend": "tensorrt"}, "bits = 4: the graphs for TensorRT"),
+        (onnxruntime.Options(dynamic=True), {"backend": "openvino"}, "dynamic = true on box: one range"),
+        (onnxruntime.Options(dynamic=True), {"backend": "onnxruntime", "static": False}, "depend on their batch"),
+    ],
+)
+def test_what_a_target_cannot_run_is_refused(options: Any, target: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        stage.check_dialect("decoder", options, Target(name="box", **target))
 
 
-def test_samples_are_spread() -> None:
-    assert spread(range(10), 3) == [1, 4, 7]
-    assert spread(range(2), 8) == [0, 1]
-    assert spread(range(5), 0) == []
+def test_what_it_can_run_is_not() -> None:
+    stage.check_dialect("x", onnxruntime.Options(dynamic=True), Target(name="box", backend="onnxruntime"))
+    stage.check_dialect("x", nncf.Options(weight_only=True, bits=4), Target(name="box", backend="openvino"))

@@ -229,7 +229,7 @@ def test_html_lists_hidden_units() -> None:
 
 def searched() -> dict[str, Any]:
     """A target whose INT8 was searched, with all that is known of it."""
-    form = {"smooth_quant": -1, "ranges": "histogram"}
+    form = {"smooth_quant": -1, "ranges": "mse"}
     best = {**form, "sqnr_db": 31.25, "precision": "bf16", "keep_float": ["node_7"], "speedup": 2.9}
     found = {
         **best,
@@ -260,7 +260,7 @@ def searched() -> dict[str, Any]:
 
 
 TABLES = [
-    ("text_encoder", "31.2", "30.0", "2.90x", "INT8, smoothing off, histogram, the rest bf16; in float: node_7"),
+    ("text_encoder", "31.2", "30.0", "2.90x", "INT8, smoothing off, mse, the rest bf16; in float: node_7"),
     ("text_encoder", "f32", "120.0", "1.00x", "Pareto front"),
     ("text_encoder", "node_7", "3.50", "30.5", "0.250"),
     ("all", "9.50", "90 %", "3.08x", "2.77x", "90 %"),
