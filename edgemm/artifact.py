@@ -25,7 +25,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgemm.errors import EdgemmError, InputError
 
-Kind = Literal["imported", "source", "latencies", "pruned", "graph", "quantized", "engine", "verified", "bundle"]
+Kind = Literal[
+    "imported",
+    "source",
+    "latencies",
+    "pruned",
+    "graph",
+    "int8",
+    "trial",
+    "tuned",
+    "quantized",
+    "engine",
+    "profile",
+    "verified",
+    "bundle",
+]
 ROOM = 1 << 20  # bytes; with less than this free, a failing writer failed for want of space
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}

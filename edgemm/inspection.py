@@ -11,6 +11,7 @@ import numpy as np
 
 from edgemm import artifact, plugins
 from edgemm.errors import InputError, ToolchainError
+from edgemm.host import host
 from edgemm.plugins import validate
 from edgemm.recipe import Recipe
 from edgemm.report.schema import Certificate
@@ -181,8 +182,6 @@ def _evaluate(session: Session, data: str | None) -> dict[str, dict[str, float]]
 
 def doctor() -> dict[str, dict[str, str]]:
     """Host, versions of tools, and what each backend can do here or how to get it."""
-    from edgemm.stages.verify import host
-
     backends = {}
     for name in plugins.names("backends"):
         try:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from edgemm import artifact, plugins
 from edgemm.artifact import Artifact, locked, write_atomic
+from edgemm.ceiling import int8_share
 from edgemm.console import log
 from edgemm.data import check_data
 from edgemm.errors import InputError
+from edgemm.host import host
 from edgemm.models import check_model
 from edgemm.recipe import Recipe, check_plugins
 from edgemm.report import html, junit, markdown
@@ -22,8 +24,9 @@ from edgemm.stages.load import load
 from edgemm.stages.package import package
 from edgemm.stages.prune import prune
 from edgemm.stages.quantize import quantize
-from edgemm.stages.verify import host, verify
+from edgemm.stages.verify import verify
 from edgemm.target import Target
+from edgemm.tuning import tune
 
 TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "nncf", "openvino", "tensorrt-rtx-cu13-libs", "numpy")
 
@@ -34,14 +37,18 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     recipe = search(source, recipe, target, runs)  # how wide layers stay, by their latencies on the target
     pruned = prune(source, recipe, runs)  # smaller shapes, not masks
     graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
+    recipe, tuned = tune(graph, recipe, target, runs, pruned)  # INT8, bf16 or FP32, by latency and loss on the target
     quantized = quantize(graph, recipe, target, runs, pruned)  # Q/DQ, ranges from the train split
     precision = target.precision if target.dialect == "tensorrt" else recipe.precision or target.precision
     engine = compile_engine(quantized, target, precision, runs)  # OpenVINO IR, TensorRT engine
     baseline = compile_engine(export(source, recipe.export, runs), target, "f32", runs)  # FP32, same runtime
     pruning = None if pruned is source else Pruning.model_validate(pruned.json("pruning.json"))
     verified = verify(engine, baseline, source, pruning, recipe, target, runs)
-    tuned = quantized.json("tuning.json") if "tuning.json" in quantized.manifest.files else []
-    report = TargetReport.model_validate({**verified.json("target.json"), "tuning": tuned})
+    report = TargetReport.model_validate(verified.json("target.json"))
+    if quantized is not graph:
+        share = int8_share(graph, engine, report.latency, recipe, target, runs)
+        findings = {**quantized.json("findings.json"), "tuning": tuned, "int8_share": share}
+        report = TargetReport.model_validate({**report.model_dump(), **findings})
     if report.verdict not in ("PASS", "UNVERIFIED"):
         return report, None  # what is not proven is not packed
     return report, package(verified, engine, quantized, graph, source, recipe, target, runs)  # one .edgemm file

@@ -32,31 +32,50 @@ class Use(BaseModel):
 
 
 class QuantizeSearch(Strict):
-    """What edgemm/tuning.py may try until each component's outputs reach `sqnr_db` against FP32, in this order.
+    """What edgemm/tuning.py may try, to find the fastest form of each component that keeps `sqnr_db` against FP32.
 
-    smooth_quant   alphas of SmoothQuant, -1 for off;  ranges  how activations' ranges are found
-    Then products stay in float, the most sensitive first. After `budget_minutes` a component tries nothing more.
+    smooth_quant   alphas of SmoothQuant, -1 for off;  ranges  how activations' ranges are found; until one suffices
+    precisions     of what is not INT8; the first is the FP32 model's form. bf16 is tried where the target may use it
+    After `budget_minutes` in all nothing more is tried.
     """
 
     sqnr_db: float = Field(30.0, gt=0, le=80)
     smooth_quant: tuple[float, ...] = Field((0.5, 0.8, -1), min_length=1)
     ranges: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(("minmax", "mse"), min_length=1)
+    precisions: tuple[Literal["f32", "bf16"], ...] = Field(("f32",), min_length=1)
     budget_minutes: float = Field(10.0, gt=0)
+
+
+class Form(Strict):
+    """`int8`: false leaves a component in float. `precision` of what is not INT8, null: the recipe's."""
+
+    int8: bool = True
+    precision: Literal["f32", "bf16"] | None = None
 
 
 class Quantize(Use):
     """A quantizer, its options, and what differs for single components, by glob pattern over their names.
 
-    components   changes of options; with a `use` of its own, the options of that quantizer alone
-    search   finds some of the options by measurement on calibration data
+    components   changes of options, and `int8` and `precision`, see Form; with a `use` of its own, the options of
+                 that quantizer alone
+    search       finds some of the options, and the form of each component, by measurement on calibration data
+    held         calibration samples that give no ranges, since a search is judged on them
     """
 
     components: dict[str, dict[str, Any]] = {}
     search: QuantizeSearch | None = None
+    held: int = Field(0, ge=0)
 
     def of(self, component: str) -> dict[str, Any]:
         """The options of one component: later patterns win over earlier ones and over the general options."""
-        return self._chosen(component)[1]
+        return {k: v for k, v in self._chosen(component)[1].items() if k not in Form.model_fields}
+
+    def form(self, component: str) -> Form:
+        """Whether and how one component is quantized at all."""
+        return Form.model_validate(self.form_values(component))
+
+    def form_values(self, component: str) -> dict[str, Any]:
+        return {k: v for k, v in self._chosen(component)[1].items() if k in Form.model_fields}
 
     def quantizer(self, component: str) -> str:
         """The quantizer of one component."""
@@ -215,6 +234,7 @@ def check_plugins(recipe: Recipe) -> None:
         for component in ("", *recipe.quantize.components):
             use, values = recipe.quantize.quantizer(component), recipe.quantize.of(component)
             options("quantizers", use, values, where)
+            validate(Form, recipe.quantize.form_values(component), f"{where}.components.{component}")
             for ranges in recipe.quantize.search.ranges if recipe.quantize.search else ():
                 options("quantizers", use, {**values, "ranges": ranges}, f"{where}.search")
 

@@ -24,12 +24,12 @@ from edgemm.console import log, progress
 from edgemm.data import split
 from edgemm.errors import InputError, VerdictError
 from edgemm.graph.timing import Shape, measure, timed
+from edgemm.host import host
 from edgemm.recipe import Recipe, Use
 from edgemm.runtime.session import open_directory
 from edgemm.stages.compile import compile_engine
 from edgemm.stages.export import export
 from edgemm.stages.prune import prune
-from edgemm.stages.verify import host
 from edgemm.target import Target
 
 if TYPE_CHECKING:

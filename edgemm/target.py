@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from edgemm.errors import InputError
+from edgemm.host import Isa
 from edgemm.plugins import validate
 from edgemm.recipe import Strict, override, read_yaml
 
@@ -36,6 +37,8 @@ class Target(Strict):
     precision   of the float parts, f32 unless the target says otherwise; f16 for TensorRT
     static      compile for one input at a time, shorter ones padded to the longest: on a CPU, kernels of
                 a known shape are faster (1.6x for the INT8 reference model). false keeps batch and lengths dynamic
+    isa         instruction set for INT8 on an x86 device; null: this machine's. avx2 and avx512 have no VNNI, and get
+                weights of 7 bits wherever 8 can't be proven not to overflow
     compile     host: the engine is built here; on-device: an engine of TensorRT runs where it was built alone
     sm          compute capabilities of the GPUs, 87 for 8.7
     jetpack, tensorrt   versions on the device
@@ -55,6 +58,7 @@ class Target(Strict):
     threads: int = Field(2, ge=1)
     precision: Literal["f32", "bf16", "f16"] = "f32"
     static: bool = True
+    isa: Isa | None = None
     compile: Literal["host", "on-device"] = "host"
     sm: tuple[int, ...] = ()
     jetpack: str | None = None
@@ -101,6 +105,8 @@ def _refusal(target: Target) -> tuple[str, str] | None:
             return f"shapes.{axis} = {list(sizes)} is not min <= opt <= max", "give three sizes in order"
     if not target.sm:
         return "sm = []: no GPU is named", "give its compute capability, 87 for Jetson Orin"
+    if target.isa:
+        return f"isa = {target.isa}: a TensorRT target multiplies on the GPU", "leave isa out"
     if target.precision != "f16":
         return f"precision = {target.precision}: TensorRT graphs have an FP16 base", "precision: f16"
     if target.backend == "tensorrt_rtx":

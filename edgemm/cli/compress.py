@@ -39,6 +39,10 @@ def command(
     ] = [],  # noqa: B006
     out: Annotated[Path, typer.Option("-o", "--output", help="Directory of the reports and bundles.")] = Path("out"),
     seed: Annotated[Optional[int], typer.Option(help="Seed. Default: the recipe's.")] = None,
+    budget_minutes: Annotated[
+        Optional[float],
+        typer.Option(help="Search the form of each component (quantize.search) for at most so long."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Redo every stage, whatever an earlier run left.")] = False,
 ) -> None:
@@ -51,7 +55,7 @@ def command(
     from edgemm.target import load_target
 
     of_recipe, of_target = assignments(set_)
-    given = {"model": model, "data": data, "seed": seed}
+    given = {"model": model, "data": data, "seed": seed, "quantize.search.budget_minutes": budget_minutes}
     of_recipe |= {k: v for k, v in given.items() if v is not None}
     chosen = load_recipe(recipe or default_recipe(model), of_recipe)
     targets = [load_target(t, of_target) for t in target]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -76,9 +78,38 @@ def split(recipe: Recipe, program: Program) -> tuple[list[Sample], list[Sample]]
     for name, rows in (("calibrate", train), ("verify", test)):
         if not rows:
             raise InputError(f"{recipe.data} has no samples to {name} on", fix="give more rows, or a split column")
-    if recipe.calibration < len(train):
-        train = random.Random(recipe.seed).sample(train, recipe.calibration)
-    return train, test[: recipe.verify.limit]
+    return stratified(train, recipe.calibration, recipe.seed), test[: recipe.verify.limit]
+
+
+def stratified(samples: list[Sample], n: int, seed: int) -> list[Sample]:
+    """`n` of the samples, drawn by `seed`: of each modality subset, text length and recording length its share.
+
+    Lengths are in quarters of the samples that have such a medium: characters of a text, bytes of a recording. A
+    stratum with less than one sample's share takes part by chance of the largest remainder.
+    """
+    if n >= len(samples):
+        return samples
+    lengths = [_lengths(s) for s in samples]
+    known = [sorted(row[i] for row in lengths if row[i] >= 0) for i in range(2)]
+    strata: dict[Any, list[Sample]] = defaultdict(list)
+    for sample, row in zip(samples, lengths, strict=True):
+        quarters = tuple(4 * bisect_left(k, v) // len(k) if v >= 0 else -1 for v, k in zip(row, known, strict=True))
+        strata[quarters, sample.image is None, sample.tensors is None].append(sample)
+    share = n / len(samples)
+    takes = {key: int(share * len(rows)) for key, rows in strata.items()}
+    by_remainder = sorted(strata, key=lambda key: (takes[key] - share * len(strata[key]), str(key)))
+    for key in by_remainder[: n - sum(takes.values())]:
+        takes[key] += 1
+    rng = random.Random(seed)
+    drawn = [s for key in sorted(strata, key=str) for s in rng.sample(strata[key], takes[key])]
+    return rng.sample(drawn, n)
+
+
+def _lengths(sample: Sample) -> tuple[int, int]:
+    """Characters of the text and bytes of the recording; -1 for a medium that is not there."""
+    audio = sample.audio
+    size = -1 if audio is None else audio.stat().st_size if isinstance(audio, Path) else len(audio)
+    return -1 if sample.text is None else len(sample.text), size
 
 
 @cache

@@ -20,7 +20,7 @@ def constant_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 def quantized_products(model: onnx.ModelProto) -> list[str]:
     """Names of the products that take an activation which was rounded to INT8, in graph order."""
     view = View(model)
-    return [n.name for n in model.graph.node if n.op_type in PRODUCTS and any(_rounded(view, i) for i in n.input)]
+    return [n.name for n in model.graph.node if n.op_type in PRODUCTS and any(rounded(view, i) for i in n.input)]
 
 
 def bypass(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
@@ -31,12 +31,12 @@ def bypass(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     for node in copy.graph.node:
         if node.name in names:
             for i, name in enumerate(node.input):
-                if source := _rounded(view, name):
+                if source := rounded(view, name):
                     node.input[i] = source
     return copy
 
 
-def _rounded(view: View, name: str) -> str | None:
+def rounded(view: View, name: str) -> str | None:
     """The tensor that Q and DQ made `name` of; None for weights and what was not rounded."""
     dequantize = view.made.get(name)
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -59,7 +59,7 @@ def take_scales(model: onnx.ModelProto, other: onnx.ModelProto, names: Collectio
         if node.name not in names or node.name not in nodes:
             continue
         for own, foreign in zip(node.input, nodes[node.name].input, strict=True):
-            if _rounded(mine, own) and _rounded(theirs, foreign):
+            if rounded(mine, own) and rounded(theirs, foreign):
                 pair = mine.made[own], theirs.made[foreign]
                 for i in (1, 2):
                     if len(pair[0].input) > i:
@@ -73,3 +73,16 @@ def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     copy.CopyFrom(tensor)
     copy.name = name
     return copy
+
+
+def product_names(model: onnx.ModelProto) -> dict[str, str]:
+    """Name under which a runtime may report a product -> the product: its own, and that of the bias added to it."""
+    view, found = View(model), {}
+    for node in model.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        found[node.name] = node.name
+        for taker in view.takers[node.output[0]]:
+            if taker.op_type == "Add" and any(i in view.constants for i in taker.input):
+                found[taker.name] = node.name
+    return found

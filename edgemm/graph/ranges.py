@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 SUFFIX = "/largest"
+TINY = float(np.finfo(np.float32).tiny)
+APART = 0.25  # of the larger of two ranges
 
 
 def float_tensors(model: onnx.ModelProto) -> set[str]:
@@ -25,6 +27,17 @@ def largest(model: onnx.ModelProto, samples: Sequence[Mapping[str, NDArray[Any]]
     found = _observe(model, sorted(float_tensors(model)), samples, masked=False)
     infinite = sorted(name for name, value in found.items() if not np.isfinite(value))
     return found | _observe(model, infinite, samples, masked=True)
+
+
+def unsettled(
+    model: onnx.ModelProto, first: Sequence[Mapping[str, NDArray[Any]]], second: Sequence[Mapping[str, NDArray[Any]]]
+) -> tuple[int, tuple[str, ...]]:
+    """Count of the activations that are rounded, and those whose ranges on two halves differ by more than APART."""
+    constant = {i.name for i in model.graph.initializer}
+    names = sorted({n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"} - constant)
+    one, other = (_observe(model, names, half, masked=False) for half in (first, second))
+    apart = {n: abs(one[n] - other[n]) / max(one[n], other[n], TINY) for n in names}
+    return len(names), tuple(sorted((n for n in names if apart[n] > APART), key=lambda n: (-apart[n], n)))
 
 
 def _observe(

@@ -23,9 +23,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from edgemm.report import markdown
-from edgemm.report.schema import Accuracy, Latency, Layer, Memory, Report, Sensitivity, Size, TargetReport
+from edgemm.report.int8_figures import most_sensitive, pareto_figure, sensitivity_figure
+from edgemm.report.int8_tables import tables
+from edgemm.report.look import BEYOND, COMPRESSED, FP32, INK, LABEL, MUTED, WIDTH_IN, shorten
+from edgemm.report.schema import Accuracy, Latency, Layer, Memory, Report, Size, TargetReport
 
-INK, MUTED, FP32, COMPRESSED, BEYOND = "#1f2933", "#52606d", "#b8c2cc", "#0072b2", "#d55e00"
 # Light enough everywhere for the cross of a removed head to be seen on it.
 SCORES = LinearSegmentedColormap.from_list("scores", ["#f4f8fb", "#9cc7e4", "#3a8fc7"])
 STYLE = {
@@ -46,10 +48,6 @@ STYLE = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
 }
-LABEL = {"textcoords": "offset points", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.0}}
-WIDTH_IN = 10.4
-LABEL_CHARS = 46
-MOST_SENSITIVE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +70,13 @@ def render(report: Report) -> str:
     )
     with style.context(["default", STYLE], after_reset=True):
         pages = [(target, pictures(target, f"t{i}")) for i, target in enumerate(report.targets)]
-    return environment.get_template("report.html.j2").render(report=report, pages=pages, text=markdown)
+    return environment.get_template("report.html.j2").render(report=report, pages=pages, text=markdown, int8=tables)
 
 
 def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
     """Accuracy, latency, memory and size, links of one target; `prefix` keeps SVG ids apart."""
     row = {r.name: r for r in markdown.comparison(target)}
-    accuracy = latency = bars = links = sensitivity = None
+    accuracy = latency = bars = links = None
     if target.accuracy:
         alt = "; ".join(f"{a.metric}: {row[a.metric].change}" for a in target.accuracy)
         accuracy = svg(accuracy_figure(target.accuracy), f"{prefix}a", f"Drop against the margin. {alt}")
@@ -95,10 +93,15 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
         layers = target.pruning.layers
         alt = f"Heads kept of {len(layers)} layers: " + ", ".join(f"{x.name} {kept(x)}" for x in layers)
         links = svg(links_figure(layers), f"{prefix}p", alt)
-    if rows := [(t.component, s) for t in target.tuning for s in t.sensitivity]:
-        alt = "Most sensitive to INT8: " + ", ".join(f"{n} {s.name} {s.gain_db:.2f} dB" for n, s in most(rows))
-        sensitivity = svg(sensitivity_figure(most(rows)), f"{prefix}s", alt)
-    found = [Picture("Sensitivity to INT8", "What outputs gain when a product is not rounded.", sensitivity)]
+    found = []
+    if rows := most_sensitive(target.tuning):
+        alt = "Most sensitive to INT8: " + ", ".join(f"{n} {s.name} {s.gain_db:.2f} dB" for n, s in rows)
+        picture = svg(sensitivity_figure(rows), f"{prefix}s", alt)
+        found.append(Picture("Sensitivity to INT8", "What outputs gain when a product is not rounded.", picture))
+    if timed := [t for t in target.tuning if any(row.speedup for row in t.trials)]:
+        alt = "Forms tried: " + "; ".join(f"{t.component} {len(t.trials)}, chosen {t.speedup:.2f}x" for t in timed)
+        caption = "Forms tried of each component. Line: none is both faster and closer to FP32. Ring: chosen."
+        found.append(Picture("Latency against loss", caption, svg(pareto_figure(timed), f"{prefix}f", alt)))
     return (
         Picture(
             "Accuracy",
@@ -108,13 +111,8 @@ def pictures(target: TargetReport, prefix: str) -> tuple[Picture, ...]:
         Picture("Latency", markdown.timing_note(target), latency),
         Picture("Size and memory", "Compiled components on disk; peak resident memory of a fresh process.", bars),
         Picture("Attention links", "One cell a head, darker = higher score. Crossed and hatched: removed.", links),
-        *(found if rows else ()),
+        *found,
     )
-
-
-def most(rows: Sequence[tuple[str, Sensitivity]]) -> list[tuple[str, Sensitivity]]:
-    """The products whose INT8 costs most."""
-    return sorted(rows, key=lambda row: -row[1].gain_db)[:MOST_SENSITIVE]
 
 
 def save_links(layers: Sequence[Layer], file: Path) -> None:
@@ -225,19 +223,6 @@ def bars(ax: Axes, title: str, values: tuple[float, float] | None) -> None:
     ax.tick_params(length=0)
 
 
-def sensitivity_figure(rows: Sequence[tuple[str, Sensitivity]]) -> Figure:
-    """A bar a product, in dB."""
-    figure = Figure(figsize=(WIDTH_IN, 0.5 + 0.22 * len(rows)), layout="constrained")
-    ax = figure.subplots()
-    names = [f"{component}  {s.name}"[:LABEL_CHARS] for component, s in rows]
-    ax.barh(range(len(rows)), [s.gain_db for _, s in rows], color=COMPRESSED, height=0.62)
-    ax.set_yticks(range(len(rows)), names)
-    ax.set_xlabel("dB")
-    ax.invert_yaxis()
-    ax.tick_params(length=0)
-    return figure
-
-
 def links_figure(layers: Sequence[Layer]) -> Figure:
     """A panel for each kind and edge queries -> keys, layers x heads."""
 
@@ -282,8 +267,3 @@ def links_panel(ax: Axes, layers: Sequence[Layer]) -> None:
 
 def kept(layer: Layer) -> str:
     return f"{layer.heads_after} of {layer.heads_before}"
-
-
-def shorten(name: str) -> str:
-    """The start and the end of a long name: a layer's kind and number stand at its end."""
-    return name if len(name) <= LABEL_CHARS else f"{name[: LABEL_CHARS // 3]}…{name[-(2 * LABEL_CHARS // 3) :]}"

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport, Tuned
+from edgemm.report.int8_tables import tables
+from edgemm.report.schema import Gate, Layers, Pruning, Report, TargetReport
 
 NOT_MEASURED = "not measured"
 ENGINE_HEAD = ("engine", "INT8 products", "fused attention", "nodes in FP32", "layers")
@@ -44,8 +45,8 @@ def section(target: TargetReport) -> list[str]:
         lines += table(("", "before", "after", "change"), rows, numbers=(1, 2, 3))
     else:
         lines += [NOT_MEASURED, ""]
-    if target.tuning:
-        lines += ["### INT8", "", *table(TUNED_HEAD, map(tuned_cells, target.tuning), numbers=(1, 2))]
+    for title, head, cells in tables(target):
+        lines += [f"### {title}", "", *table(head, cells, numbers=())]
     if target.level:
         lines += [f"### Level {target.level}", "", plain(target.established), ""]
     if target.layers:
@@ -53,16 +54,6 @@ def section(target: TargetReport) -> list[str]:
     if target.notes:
         lines += ["### Notes", "", *(f"- {plain(note)}" for note in target.notes), ""]
     return [*lines, f"Bundle: {plain(bundle_line(target))}", ""]
-
-
-TUNED_HEAD = ("component", "SQNR, dB", "asked", "SmoothQuant", "ranges", "in float")
-
-
-def tuned_cells(found: Tuned) -> tuple[str, ...]:
-    """What the search for INT8 chose for a component."""
-    smooth = "off" if found.smooth_quant < 0 else f"{found.smooth_quant:g}"
-    floats = ", ".join(found.keep_float) or "nothing"
-    return found.component, f"{found.sqnr_db:.1f}", f"{found.wanted_db:.1f}", smooth, found.ranges, floats
 
 
 def headline(target: TargetReport) -> str:
@@ -99,6 +90,7 @@ def comparison(target: TargetReport) -> list[Row]:
             rows.append(Row("speed-up at p50", "1x", f"{latency.speedup_p50:.2f}x", interval))
         else:
             rows.append(missing("speed-up at p50"))
+        rows += ceiling_rows(target)
         for c in latency.components if len(latency.components) > 1 else ():
             row = change_row(f"{c.name} p50", c.fp32_p50_ms, c.compressed_p50_ms, "ms")
             if c.speedup_ci95:
@@ -116,6 +108,17 @@ def comparison(target: TargetReport) -> list[Row]:
         rows.append(Row("size on disk", megabytes(before), megabytes(after), relative(before, after)))
     else:
         rows.append(missing("size on disk"))
+    return rows
+
+
+def ceiling_rows(target: TargetReport) -> list[Row]:
+    """What INT8 could reach at most, beside the speed-up."""
+    rows = []
+    for s in target.int8_share:
+        if s.name == "all":
+            near = f"; {100 * s.reached / s.ceiling:.0f} % of it reached" if s.reached else ""
+            why = f"{100 * s.share:.0f} % of FP32's time is in products that are INT8 now{near}"
+            rows.append(Row("ceiling of INT8 alone", "1x", f"{s.ceiling:.2f}x", why))
     return rows
 
 

@@ -19,8 +19,8 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
     """Compile `component` from its .xml and .bin.
 
     component  its inputs' shapes are what it is compiled for
-    settings   threads; precision: INFERENCE_PRECISION_HINT of the float parts. Left to itself the CPU
-               plugin picks bf16 where the CPU has it, so it is always set. cache: keep what was compiled; see cache.py
+    settings   threads; precision: INFERENCE_PRECISION_HINT of the float parts, unless the component has one. The CPU
+               plugin picks bf16 by itself, so it is always set. cache: keep what was compiled; see cache.py
                streams: calls that run at the same time, each on its share of the threads
     """
     try:
@@ -31,7 +31,7 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
     xml, weights = (files[f"{component['name']}.{suffix}"] for suffix in ("xml", "bin"))
     shapes = {p["name"]: [axis if isinstance(axis, int) else -1 for axis in p["shape"]] for p in component["inputs"]}
     options: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": settings["precision"],
+        "INFERENCE_PRECISION_HINT": component.get("precision") or settings["precision"],
         "INFERENCE_NUM_THREADS": settings["threads"],
         "PERFORMANCE_HINT": "LATENCY",
     }

@@ -22,13 +22,17 @@ class Port(Strict):
 
 
 class ComponentSpec(Strict):
-    """One compiled graph. `max_sizes`: largest size of each dynamic axis; `min_sizes` the smallest where over 1."""
+    """One compiled graph. `max_sizes`: largest size of each dynamic axis; `min_sizes` the smallest where over 1.
+
+    precision   of the float parts, where it is not that of the settings
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     max_sizes: dict[Name, Size]
     min_sizes: dict[Name, Size] = Field({})
+    precision: Literal["f32", "bf16"] | None = None
 
 
 class Labels(Strict):

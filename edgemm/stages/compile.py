@@ -11,10 +11,9 @@ from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.graph.profiles import profiles
+from edgemm.graph.shapes import fix_shapes, is_decoder
 from edgemm.runtime.program import Program
 from edgemm.target import Target
-
-SHORT_TEXT = 64  # tokens
 
 
 def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) -> Artifact:
@@ -74,25 +73,3 @@ def shapes_of(program: dict[str, Any], target: Target, where: str) -> dict[str, 
     if not target.static:
         return {}
     return {c["name"]: {port["name"]: port["shape"] for port in c["inputs"]} for c in program["components"]}
-
-
-def fix_shapes(component: dict[str, Any], program: dict[str, Any]) -> None:
-    """Batch 1, and the most tokens of a text that is short anyhow, in each port of a component of program.json.
-
-    Other lengths stay dynamic: an image, a recording and a cache can't be padded without changing the answer,
-    and padding a text far over its length costs more than fixed shapes save.
-    """
-    if is_decoder(component, program) and program["output"].get("beams", 1) > 1:
-        return
-    sizes = {"batch": 1}
-    if (text := program.get("text")) and text.get("mask") and text["max_tokens"] <= SHORT_TEXT:
-        ids = [p for c in program["components"] for p in c["inputs"] if p["name"] == text["ids"]]
-        sizes |= {port["shape"][1]: text["max_tokens"] for port in ids if isinstance(port["shape"][1], str)}
-    for port in (*component["inputs"], *component["outputs"]):
-        port["shape"] = [sizes.get(n, n) for n in port["shape"]]
-
-
-def is_decoder(component: dict[str, Any], program: dict[str, Any]) -> bool:
-    """Whether this is the component that writes text token by token."""
-    output = program["output"]
-    return output.get("kind") == "generation" and component["name"] == output.get("decoder", "decoder")

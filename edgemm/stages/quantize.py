@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,22 @@ from edgemm.errors import InputError
 from edgemm.graph.centering import center_vocabulary
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
+from edgemm.graph.ranges import unsettled
+from edgemm.graph.saturation import pairs, unsaturated
 from edgemm.graph.unsigned import unsigned_activations
+from edgemm.host import adds_in_16_bits, host_isa
 from edgemm.models import find_family, read_model
 from edgemm.recipe import Recipe
+from edgemm.report.schema import Saturation, Settled
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import open_directory
+from edgemm.simulation import unbiased
 from edgemm.target import Target
-from edgemm.tuning import Quantize, tune, unbiased
 
 STEPS = 4
+HALF = 64  # samples of each half whose ranges are compared
+TOOLS = ("nncf", "neural-compressor", "torchao", "torch", "onnx", "onnxruntime", "easy-vqa")
 
 
 def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model: Artifact | None = None) -> Artifact:
@@ -38,53 +46,47 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model:
     model        what `graph` was exported from, for quantizers that observe torch modules
     openvino     <component>.onnx as the quantizer makes it; without one in the recipe, `graph` itself
     onnxruntime  the same, activations in uint8
-    tensorrt   <component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx: graph/lower.py
+    tensorrt     <component>.fp16.onnx and, with a quantizer in the recipe, <component>.int8.onnx: graph/lower.py
+    findings.json is what the report says of ranges and of saturation.
     """
     tensorrt = target.dialect == "tensorrt"
     use = recipe.quantize.use if recipe.quantize and (not tensorrt or "int8" in target.precisions) else None
     if not use and not tensorrt:
         return graph
     precisions = [p for p in target.precisions if p != "int8" or use]
-    uses, options = options_of(graph, recipe) if use else ({}, {})
-    for name, chosen in options.items():
-        check_dialect(name, chosen, target)
+    work = Work(graph, recipe, target, runs, model)
+    options = work.options if use else {}
     if recipe.quantize and not use:
         log(f"{target.name} has no INT8: quantize is left out")
-    search = recipe.quantize.search if use and recipe.quantize else None
+    forms = {n: recipe.quantize.form(n) for n in work.specs} if recipe.quantize else {}
+    made_int8 = {n for n in options if forms[n].int8}
 
     def make(out: Path) -> None:
-        quantizers: dict[str, Any] = {n: plugins.plugin("quantizers", u) for n, u in uses.items()}
         program = graph.json("program.json")
-        specs = {c["name"]: c for c in program["components"]}
-        output = plugins.validate(Program, program, f"{graph.path}/program.json").output
-        logits = {output.decoder: output.logits} if isinstance(output, Generation) else {}
-        ranged = {n for n in options if quantizers[n].needs_samples(options[n])}
-        samples = record(graph, recipe, set(specs) if tensorrt else ranged | set(logits))  # FP16 needs them, too
-        calls = bound(quantizers, model)
-        tuned = []
-        for name, spec in specs.items():
-            load = partial(read, graph, name)
+        findings: dict[str, list[Any]] = defaultdict(list)
+        for spec in program["components"]:
+            name = spec["name"]
             quantized = None
-            if use:
-                chosen, call = options[name], calls[name]
-                if search and name in ranged:
-                    chosen, found = tune(spec, load(), samples[name], call, chosen, search)
-                    tuned.append(found.model_dump(mode="json"))
-                log(f"quantize {name}: {uses[name]}, {len(samples[name])} samples")
-                quantized = call(load(), samples[name], chosen)
-                if name in logits:
-                    quantized = unbiased(quantized, load(), spec, samples[name], logits[name])
+            if name in made_int8:
+                made = work.int8(name, options[name])
+                quantized = onnx.load(made.path / f"{name}.onnx")
+                for key, found in made.json("findings.json").items():
+                    findings[key].append(found)
             if not tensorrt:
-                quantized = unsigned_activations(quantized) if target.dialect == "onnxruntime" else quantized
-                onnx.save(int8_tables(quantized), out / f"{name}.onnx")
+                if use and forms[name].precision:
+                    spec["precision"] = forms[name].precision
+                onnx.save(work.read(name) if quantized is None else quantized, out / f"{name}.onnx")
                 continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
-            for precision, made in lower(load(), quantized, samples[name], target.opset_max, name).items():
-                if kept := kept_in_float32(made):
+            lowered = lower(work.read(name), quantized, work.recorded[name], target.opset_max, name)
+            for precision, model in lowered.items():
+                if kept := kept_in_float32(model):
                     log(f"{name}.{precision}: {len(kept)} nodes stay in FP32, the first is {kept[0]}")
-                onnx.save(made, out / f"{name}.{precision}.onnx")
-        copy_program(graph, out)
-        (out / "tuning.json").write_text(json.dumps(tuned), encoding="utf-8")  # for the report
+                onnx.save(model, out / f"{name}.{precision}.onnx")
+        if (graph.path / "tokenizer.json").is_file():
+            shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")
+        (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
+        (out / "findings.json").write_text(json.dumps(findings), encoding="utf-8")
 
     return build(
         "quantized",
@@ -92,22 +94,161 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model:
         parents=[graph],
         config={
             "dialect": target.dialect,
+            "isa": work.isa if work.narrow else None,
             "opset_max": target.opset_max,
             "precisions": precisions,
-            "use": uses,
+            "use": work.uses if use else {},
             "components": {n: o.model_dump(mode="json") for n, o in options.items()},
-            "search": search and search.model_dump(mode="json"),
+            "forms": {n: [f.int8, f.precision] for n, f in forms.items()},
+            "held": recipe.quantize.held if recipe.quantize else 0,
             "calibration": recipe.calibration,
             "seed": recipe.seed,
         },
-        tools=("nncf", "neural-compressor", "torchao", "torch", "onnx", "onnxruntime", "easy-vqa"),
+        tools=TOOLS,
         make=make,
     )
 
 
-def read(graph: Artifact, name: str) -> onnx.ModelProto:
-    """The FP32 graph of a component, as a quantizer takes it best."""
-    return center_vocabulary(onnx.load(graph.path / f"{name}.onnx"))
+@dataclass(frozen=True)
+class Work:
+    """What quantizing the components of one graph needs; samples are recorded once, when they are asked for."""
+
+    graph: Artifact
+    recipe: Recipe
+    target: Target
+    runs: Path
+    model: Artifact | None = None
+
+    @cached_property
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """Components by name, as program.json has them."""
+        return {c["name"]: c for c in self.graph.json("program.json")["components"]}
+
+    @cached_property
+    def uses(self) -> dict[str, str]:
+        """The quantizer of each component."""
+        assert self.recipe.quantize
+        return {n: self.recipe.quantize.quantizer(n) for n in self.specs}
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The quantizer's options of each component. InputError for a component that the graph has not."""
+        quantize, where = self.recipe.quantize, f"{self.recipe.name}: quantize"
+        assert quantize
+        for pattern in quantize.components:
+            if "*" not in pattern and pattern not in self.specs:
+                known = ", ".join(self.specs)
+                raise InputError(f"{where}.components.{pattern}: no such component", fix=f"components: {known}")
+        found = {n: plugins.options("quantizers", self.uses[n], quantize.of(n), where) for n in self.specs}
+        for name, options in found.items():
+            check_dialect(name, options, self.target)
+        return found
+
+    @cached_property
+    def calls(self) -> dict[str, Any]:
+        """What quantizes each component."""
+        return bound({n: plugins.plugin("quantizers", use) for n, use in self.uses.items()}, self.model)
+
+    @cached_property
+    def logits(self) -> dict[str, str]:
+        """The output of the component that writes text, if there is one."""
+        output = plugins.validate(Program, self.graph.json("program.json"), str(self.graph.path)).output
+        return {output.decoder: output.logits} if isinstance(output, Generation) else {}
+
+    def ranged(self, name: str) -> bool:
+        """Whether activations of a component are to be INT8."""
+        return bool(plugins.plugin("quantizers", self.uses[name]).needs_samples(self.options[name]))
+
+    @property
+    def isa(self) -> str:
+        return self.target.isa or host_isa() or "unknown"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the target must be kept from saturating."""
+        return self.target.dialect == "openvino" and adds_in_16_bits(self.target.isa or host_isa())
+
+    @cached_property
+    def recorded(self) -> dict[str, list[Tensors]]:
+        """What each component meets on the samples that give ranges, of those that need any."""
+        if self.target.dialect == "tensorrt":
+            return record(self.graph, self.recipe, set(self.specs))  # FP16 needs them, too
+        wanted = {n for n in self.specs if self.ranged(n)} | set(self.logits)
+        return record(self.graph, self.recipe, wanted)
+
+    def read(self, name: str) -> onnx.ModelProto:
+        """The FP32 graph of a component, as a quantizer takes it best."""
+        return center_vocabulary(onnx.load(self.graph.path / f"{name}.onnx"))
+
+    def int8(self, name: str, options: Any) -> Artifact:
+        """<component>.onnx as the quantizer makes it with `options`, corrected; findings.json, see `quantize`."""
+        assert self.recipe.quantize
+        use = self.uses[name]
+
+        def make(out: Path) -> None:
+            ranged = self.ranged(name)
+            samples = self.recorded[name] if ranged or name in self.logits else []
+            log(f"quantize {name}: {use}, {len(samples)} samples")
+            made = self.calls[name](self.read(name), samples, options)
+            if name in self.logits:
+                made = unbiased(made, self.read(name), self.specs[name], samples, self.logits[name])
+            findings: dict[str, Any] = {}
+            if ranged:
+                findings["ranges"] = settled(name, made, samples).model_dump(mode="json")
+                made, found = self.unsaturated(name, made)
+                findings["saturation"] = found.model_dump(mode="json")
+            if self.target.dialect == "onnxruntime":
+                made = unsigned_activations(made)
+            onnx.save(made if self.target.dialect == "tensorrt" else int8_tables(made), out / f"{name}.onnx")
+            (out / "findings.json").write_text(json.dumps(findings), encoding="utf-8")
+
+        config = {
+            "component": name,
+            "use": use,
+            "options": options.model_dump(mode="json"),
+            "dialect": self.target.dialect,
+            "isa": self.isa,
+            "held": self.recipe.quantize.held,
+            "calibration": self.recipe.calibration,
+            "seed": self.recipe.seed,
+        }
+        return build("int8", self.runs, parents=[self.graph], config=config, tools=TOOLS, make=make)
+
+    def unsaturated(self, name: str, model: onnx.ModelProto) -> tuple[onnx.ModelProto, Saturation]:
+        """The graph as this target may run it, and what was proven of it."""
+        seven: tuple[str, ...] = ()
+        floats: tuple[str, ...] = ()
+        if self.narrow:
+            model, seven, floats = unsaturated(model)
+        found = pairs(model)
+        unproven = tuple(p.product for p in found if not p.proven)
+        if seven or floats:
+            log(
+                f"{name}: {self.isa} adds in 16 bits: {len(seven)} products get 7-bit weights, {len(floats)} stay float"
+            )
+        proven = tuple(p.product for p in found if p.proven)
+        row = Saturation(
+            component=name,
+            isa=self.target.isa,
+            sixteen_bits=self.narrow,
+            proven=proven,
+            unproven=unproven,
+            seven_bits=seven,
+            floats=floats,
+        )
+        return model, row
+
+
+def settled(name: str, model: onnx.ModelProto, samples: Sequence[Tensors]) -> Settled:
+    """Whether two halves of the samples give the activations of a Q/DQ graph the same ranges; the log warns if not."""
+    few = spread(samples, 2 * HALF)
+    tensors, moved = unsettled(model, few[::2], few[1::2])
+    if moved:
+        log(
+            f"warning: {name}: ranges have not settled: {len(moved)} of {tensors} differ by over a quarter between "
+            f"halves of {len(few)} samples, most {moved[0]}: raise calibration"
+        )
+    return Settled(component=name, samples=len(few), tensors=tensors, unsettled=moved)
 
 
 def check_dialect(name: str, options: Any, target: Target) -> None:
@@ -122,7 +263,7 @@ def check_dialect(name: str, options: Any, target: Target) -> None:
         )
 
 
-def bound(quantizers: dict[str, Any], model: Artifact | None) -> dict[str, Quantize]:
+def bound(quantizers: dict[str, Any], model: Artifact | None) -> dict[str, Any]:
     """What quantizes each component: with its torch module, where the quantizer observes one."""
     components = {}
     if model is not None and any(getattr(q, "NEEDS_MODULE", False) for q in quantizers.values()):
@@ -135,37 +276,26 @@ def bound(quantizers: dict[str, Any], model: Artifact | None) -> dict[str, Quant
     }
 
 
-def options_of(graph: Artifact, recipe: Recipe) -> tuple[dict[str, str], dict[str, Any]]:
-    """The quantizer of each component, and its options. InputError for a component that the graph has not."""
-    assert recipe.quantize
-    names = [c["name"] for c in graph.json("program.json")["components"]]
-    where = f"{recipe.name}: quantize"
-    for pattern in recipe.quantize.components:
-        if "*" not in pattern and pattern not in names:
-            raise InputError(f"{where}.components.{pattern}: no such component", fix=f"components: {', '.join(names)}")
-    uses = {n: recipe.quantize.quantizer(n) for n in names}
-    return uses, {n: plugins.options("quantizers", uses[n], recipe.quantize.of(n), where) for n in names}
-
-
-def copy_program(graph: Artifact, out: Path) -> None:
-    """tokenizer.json, where the model has one, and program.json."""
-    for name in ("tokenizer.json", "program.json"):
-        if (graph.path / name).is_file():
-            shutil.copyfile(graph.path / name, out / name)
-
-
-def record(graph: Artifact, recipe: Recipe, wanted: set[str]) -> dict[str, list[Tensors]]:
+def record(
+    graph: Artifact, recipe: Recipe, wanted: set[str], judged_with: dict[str, Any] | None = None
+) -> dict[str, list[Tensors]]:
     """The inputs of each component as the FP32 graph meets them on the calibration samples; none of unwanted ones.
 
     A decoder meets one input a token: STEPS of each sample are kept, spread over its length.
+
+    judged_with   program.json with the shapes that a target fixes, to which shorter inputs are padded: the samples
+                  that a search is judged on; None: those that give ranges
     """
-    session = open_directory(graph.path)
+    session = open_directory(graph.path, **({"components": judged_with["components"]} if judged_with else {}))
     recorded: dict[str, list[Tensors]] = {name: [] for name in session.components}
     if not wanted:
         return recorded
     calibration, _ = split(recipe, lambda: graph.json("program.json"))
     if len(calibration) < recipe.calibration:
         log(f"calibration: {len(calibration)} samples, of {recipe.calibration} that the recipe asks for")
+    held = spread(calibration, min(recipe.quantize.held if recipe.quantize else 0, len(calibration) // 2))
+    ids = {s.id for s in held}
+    calibration = held or calibration[:1] if judged_with else [s for s in calibration if s.id not in ids]
     for sample in progress(calibration, "calibration samples"):
         met: dict[str, list[Tensors]] = defaultdict(list)
         session.observe = lambda name, tensors, met=met: met[name].append(dict(tensors))
@@ -188,3 +318,9 @@ def record(graph: Artifact, recipe: Recipe, wanted: set[str]) -> dict[str, list[
             fix=f"give rows with {' and '.join(session.sources)} in the train split",
         )
     return recorded
+
+
+def spread(samples: Sequence[Any], n: int) -> list[Any]:
+    """At most `n` of the samples, evenly spread."""
+    step = max(1, len(samples) // max(1, n))
+    return list(samples[step // 2 :: step])[:n]

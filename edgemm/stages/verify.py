@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log
 from edgemm.data import is_random, split
+from edgemm.host import host
 from edgemm.levels import simulation, unmeasured
 from edgemm.parity import judge, read_reference
 from edgemm.recipe import Recipe
@@ -219,14 +219,3 @@ def percentiles(times: NDArray[np.float64]) -> Percentiles:
 
 def rounded(times: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(round(float(t), 3) for t in times.flat)
-
-
-def host() -> dict[str, str]:
-    """What a measurement depends on: CPU model, processors, system."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text(encoding="utf-8")
-        names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-        cpu = f"{names[0]} x{len(names)}" if names else cpu
-    return {"cpu": cpu, "system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}

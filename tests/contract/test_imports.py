@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from edgemm.errors import InputError
 from edgemm.plugins import PACKAGE, names, plugin
 
-CORE = ("artifact", "recipe", "target", "errors", "plugins", "console")
+CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
 FRAMEWORKS = (
     "torch",
@@ -129,13 +129,13 @@ def may_import(module: str, imported: str) -> bool:
         return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "device":
         return other in ("core", "runtime", own) or imported in SHARED
-    if own in ("stages", "recheck", "recovery", "tuning"):
+    if own in ("stages", "recheck", "recovery", "simulation"):
         shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
-        if own == "stages" and other in ("recovery", "tuning"):
+        if own == "stages" and other in ("recovery", "simulation"):
             return True
         return other in shared or imported in SHARED or imported == module
     tops = ("pipeline", "inspection", "conformance", "device_report", "triton", "oci")
-    if own == "search":
+    if own in ("search", "tuning", "trials", "kernels", "ceiling"):
         return other not in tops
     if own in tops:
         return other not in tops or (own, other) == ("conformance", "inspection")

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.runtime import onnxruntime
-from edgemm.tuning import unbiased
+from edgemm.simulation import unbiased
 
 WIDTH, TOKENS = 16, 40
 SPEC: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from edgemm import plugins
+from edgemm import host, plugins
 from edgemm.errors import InputError
 from edgemm.recipe import Recipe, check_plugins, load_recipe, override, shipped_files
 from edgemm.target import Target, load_target
@@ -355,6 +355,8 @@ ORIN = {**RTX, "backend": "tensorrt", "compile": "on-device", "sm": [87], "tenso
         (ORIN, {"tensorrt": "8.6"}, "tensorrt = 8.6: strongly typed INT8 graphs need TensorRT 10"),
         (ORIN, {"shapes": {"batch": [1, 8, 4]}}, r"shapes.batch = \[1, 8, 4\] is not min <= opt <= max"),
         ({"schema": 1, "backend": "openvino"}, {"sm": [87]}, "sm means nothing to backend openvino"),
+        ({"schema": 1, "backend": "openvino"}, {"isa": "sse2"}, "isa = 'sse2': Input should be 'amx', 'avx512_vnni'"),
+        (RTX, {"isa": "avx2"}, "isa = avx2: a TensorRT target multiplies on the GPU"),
     ],
 )
 def test_target_that_cannot_be_is_refused_with_the_reason(
@@ -372,3 +374,48 @@ def test_shipped_tensorrt_target_makes_int8_and_fp16(name: str) -> None:
     assert target.dialect == "tensorrt"
     assert target.precisions == ("int8", "fp16")
     assert target.level == ("L2" if target.compile == "host" else "L1")
+
+
+def test_form_of_a_component_is_no_option_of_its_quantizer() -> None:
+    components = {"fusion": {"int8": False, "precision": "bf16"}, "text*": {"smooth_quant": -1}}
+    recipe = load_recipe("default", {"quantize.components": components})
+    check_plugins(recipe)
+    assert recipe.quantize
+    assert (recipe.quantize.of("fusion"), recipe.quantize.of("text_encoder")) == ({}, {"smooth_quant": -1})
+    fusion, text = recipe.quantize.form("fusion"), recipe.quantize.form("text_encoder")
+    assert (fusion.int8, fusion.precision, text.int8, text.precision) == (False, "bf16", True, None)
+
+
+@pytest.mark.parametrize("change", [{"int8": "perhaps"}, {"precision": "f64"}, {"smooth": 1}])
+def test_form_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(change))):
+        check_plugins(load_recipe("default", {"quantize.components": {"fusion": change}}))
+
+
+def test_budget_must_be_a_time() -> None:
+    with pytest.raises(InputError, match=r"quantize\.search\.budget_minutes"):
+        load_recipe("reasoner-int8", {"quantize.search.budget_minutes": 0})
+
+
+CPUINFO = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\nmodel name\t: A CPU\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa", "narrow"),
+    [
+        ("avx2 avx512bw avx512_vnni amx_int8", "amx", False),
+        ("avx2 avx512bw avx512_vnni", "avx512_vnni", False),
+        ("avx2 avx_vnni", "avx_vnni", False),
+        ("avx2 avx512bw", "avx512", True),
+        ("avx2", "avx2", True),
+        ("sse4_2", None, False),
+    ],
+)
+def test_instruction_set_is_read_off_the_flags(
+    flags: str, isa: str | None, narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(CPUINFO.format(flags=flags))
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    assert host.host_isa() == isa
+    assert host.adds_in_16_bits(host.host_isa()) is narrow
+    assert (host.host()["cpu"], host.host()["isa"]) == ("A CPU x2", isa or "unknown")

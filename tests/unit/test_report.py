@@ -227,22 +227,68 @@ def test_html_lists_hidden_units() -> None:
     assert "fusion.layers.0</th>" in page and "768 → 192" in page and "25 %" in page
 
 
-def test_both_reports_say_what_the_search_for_int8_chose() -> None:
+def searched() -> dict[str, Any]:
+    """A target whose INT8 was searched, with all that is known of it."""
+    form = {"smooth_quant": -1, "ranges": "mse"}
+    best = {**form, "sqnr_db": 31.25, "precision": "bf16", "keep_float": ["node_7"], "speedup": 2.9}
     found = {
+        **best,
         "component": "text_encoder",
         "wanted_db": 30,
-        "sqnr_db": 31.25,
-        "smooth_quant": -1,
-        "ranges": "mse",
-        "keep_float": ["node_7"],
-        "trials": [{"smooth_quant": -1, "ranges": "mse", "sqnr_db": 28}],
-        "sensitivity": [{"name": "node_7", "gain_db": 3.5}, {"name": "node_9", "gain_db": 0.1}],
+        "trials": [
+            {**form, "sqnr_db": 28, "speedup": 3.0, "pareto": True},
+            {**best, "pareto": True, "chosen": True},
+            {"smooth_quant": -1, "ranges": "", "sqnr_db": 120, "int8": False, "speedup": 1.0, "pareto": True},
+        ],
+        "sensitivity": [
+            {"name": "node_7", "gain_db": 3.5, "alone_db": 30.5, "saved_ms": 0.25},
+            {"name": "node_9", "gain_db": 0.1},
+        ],
     }
-    made = report(target(tuning=[found]))
-    assert "| text_encoder | 31.2 | 30.0 | off | mse | node_7 |" in markdown.render(made).replace("\\", "")
-    page = html.render(made)
+    ranges = {"component": "text_encoder", "samples": 128, "tensors": 12, "unsettled": ["node_4"]}
+    saturation = {
+        "component": "text_encoder",
+        "isa": "avx2",
+        "sixteen_bits": True,
+        "proven": ["node_7", "node_9"],
+        "unproven": [],
+        "seven_bits": ["node_9"],
+        "floats": [],
+    }
+    share = {"name": "all", "fp32_ms": 9.5, "share": 0.9, "ceiling": 3.0769, "reached": 2.7692}
+    return target(tuning=[found], ranges=[ranges], saturation=[saturation], int8_share=[share])
+
+
+TABLES = [
+    ("text_encoder", "31.2", "30.0", "2.90x", "INT8, smoothing off, mse, the rest bf16; in float: node_7"),
+    ("text_encoder", "f32", "120.0", "1.00x", "Pareto front"),
+    ("text_encoder", "node_7", "3.50", "30.5", "0.250"),
+    ("all", "9.50", "90 %", "3.08x", "2.77x", "90 %"),
+    (
+        "ceiling of INT8 alone",
+        "1x",
+        "3.08x",
+        "90 % of FP32's time is in products that are INT8 now; 90 % of it reached",
+    ),
+    ("text_encoder", "128", "12", "1: node_4"),
+    ("text_encoder", "16 bits (avx2)", "2 of 2", "none", "node_9", "none"),
+]
+
+
+@pytest.mark.parametrize("cells", TABLES, ids=lambda cells: "-".join(cells[:2]))
+def test_both_reports_say_how_int8_was_chosen_and_what_was_proven(cells: tuple[str, ...]) -> None:
+    made = report(searched())
+    assert f"| {' | '.join(cells)} |" in markdown.render(made).replace("\\", "")
+    words = re.sub(r"<[^>]+>", " ", html.render(made)).replace("&#39;", "'")
+    assert re.search(r"\s+".join(map(re.escape, cells)), words)
+
+
+def test_the_page_draws_what_the_search_found() -> None:
+    page = html.render(report(searched()))
     assert "Most sensitive to INT8: text_encoder node_7 3.50 dB, text_encoder node_9 0.10 dB" in page
-    assert "Sensitivity to INT8" not in html.render(report(target()))
+    assert "Forms tried: text_encoder 3, chosen 2.90x" in page
+    plain = html.render(report(target()))
+    assert "Sensitivity" not in plain and "Forms tried" not in plain
 
 
 def test_html_stands_alone() -> None:
