@@ -11,23 +11,23 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(soft_wrap=True, highlight=False, markup=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 T = TypeVar("T")
 
 
 def log(message: str) -> None:
     """A line about what happens now, on stderr."""
-    _err.print(message, markup=False, style="dim")
+    _err.print(message, style="dim")
 
 
 def error(message: str) -> None:
-    _err.print(f"error: {message}", markup=False, style="red")
+    _err.print(f"error: {message}", style="red")
 
 
 def result(text: str) -> None:
     """The result alone, on stdout."""
-    _out.print(text, markup=False)
+    _out.print(text)
 
 
 def result_json(document: Any) -> None:

@@ -20,7 +20,7 @@ def command(
     text: Annotated[Optional[str], typer.Option(help="Question, caption, or the words of a document.")] = None,
     audio: Annotated[Optional[Path], typer.Option(help="Audio file, or a directory: each recording in it.")] = None,
     boxes: Annotated[
-        Optional[str], typer.Option(help="For documents: a JSON list with [x0,y0,x1,y1] in 0..1000 for each word.")
+        Optional[str], typer.Option(help="For documents: a JSON list with x0, y0, x1, y1 in 0..1000 for each word.")
     ] = None,
     data: Annotated[
         Optional[Path],
@@ -36,8 +36,9 @@ def command(
 
     Every byte of the bundle is checked before anything in it is loaded.
 
-    Of a directory or --data, a line of JSON is printed for each input, in order: which it is, and its answer, or
-    `error` and `fix`. Exit code 2 says that a line has an error; the others are answered all the same.
+    Of a directory or --data, a line of JSON is printed for each input, in order: which it is, and
+    its answer, or `error` and `fix`. Exit code 2 says that one has an error; the others are
+    answered all the same.
     """
     from edgemm.errors import InputError
     from edgemm.runtime.preprocess import read_boxes

@@ -16,7 +16,7 @@ Compile = Callable[[dict[str, Any]], Call]
 
 @runtime_checkable
 class Shared(Protocol):
-    """A call that is one of several over the same compiled graph, each for one thread at a time."""
+    """A call that is one of several over the same compiled graph; only one thread at a time may be in each of them."""
 
     def another(self) -> Call: ...
 
@@ -25,7 +25,7 @@ class Component:
     """One entry of program.json's `components`, with what runs it.
 
     spec       the entry
-    compile_   makes a call of it, when it is first run; threads take turns at one that is not Shared
+    compile_   makes a call of it, when it is first run, and again for each thread more where that is not Shared
     """
 
     def __init__(self, spec: dict[str, Any], compile_: Compile) -> None:
@@ -33,7 +33,7 @@ class Component:
         self._compile = compile_
         self._first: Call | None = None
         self._idle: list[Call] = []
-        self._free = threading.Condition()
+        self._lock = threading.Lock()
 
     def __call__(self, tensors: Tensors) -> dict[str, Array]:
         """Run it, from any thread -> its outputs, which are the caller's own."""
@@ -47,9 +47,8 @@ class Component:
         try:
             yield run
         finally:
-            with self._free:
+            with self._lock:
                 self._idle.append(run)
-                self._free.notify()
 
     def load(self) -> None:
         """Compile it, if that was not done yet."""
@@ -62,14 +61,13 @@ class Component:
         return self._first is not None
 
     def _take(self) -> Call:
-        with self._free:
-            if self._first is None:
-                self._first = self._compile(self.spec)
-                return self._first
-            if not self._idle and isinstance(self._first, Shared):
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            if isinstance(self._first, Shared):
                 return self._first.another()
-            self._free.wait_for(lambda: self._idle)
-            return self._idle.pop()
+            self._first = self._compile(self.spec)
+            return self._first
 
 
 class Components(dict[str, Component]):

@@ -33,7 +33,8 @@ class Graph:
 def compile_component(files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]) -> Graph:
     """Load `component` from its .onnx.
 
-    settings   threads; qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
+    settings   threads; precision: f32 is all that its CPU kernels have
+               qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
 
     Raises InputError in ONNX Runtime's words for a graph that it can't load or run.
     """
@@ -41,8 +42,10 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
     except ImportError as e:
-        raise ToolchainError("ONNX Runtime is not installed", fix="pip install onnxruntime") from e
+        raise ToolchainError("ONNX Runtime is not installed", fix="pip install 'edgemm[onnxruntime]'") from e
     name = component["name"]
+    if (precision := settings.get("precision", "f32")) != "f32":
+        raise InputError(f"precision = {precision}: ONNX Runtime's CPU kernels compute in f32", fix="precision: f32")
     failures = (
         errors.Fail,
         errors.InvalidArgument,
@@ -53,6 +56,7 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings["threads"]
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads that idle take no core
     if settings.get("qdq") == "as written":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:

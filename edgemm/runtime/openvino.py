@@ -60,7 +60,7 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
         compiled = core.compile_model(model, "CPU", options)
         if settings.get("cache"):
             cache.keep(key, compiled.export_model().getvalue())
-    return Engine(compiled, component)
+    return Engine(compiled, component, ov.Tensor)
 
 
 def _device(core: Any) -> tuple[str, ...]:
@@ -79,8 +79,8 @@ class Engine:
     again. What the graph keeps from call to call (a decoder's cache) is returned as a Kept.
     """
 
-    def __init__(self, compiled: Any, component: dict[str, Any]) -> None:
-        self.compiled, self.component = compiled, component
+    def __init__(self, compiled: Any, component: dict[str, Any], tensor: Any) -> None:
+        self.compiled, self.component, self.tensor = compiled, component, tensor
         self.request = compiled.create_infer_request()
         self.inputs, outputs = ([port["name"] for port in component[side]] for side in ("inputs", "outputs"))
         states = {state.name: state for state in self.request.query_state()}
@@ -89,25 +89,23 @@ class Engine:
         self.bound: dict[str, tuple[Any, NDArray[Any]]] = {}  # what was given, and the memory that the engine reads
 
     def __call__(self, tensors: Tensors) -> dict[str, Any]:
-        import openvino as ov
-
         for name in self.inputs:
             value = tensors[name]
             if name in self.kept:
                 if value is not self.kept[name][1]:
-                    self.kept[name][1].state.state = ov.Tensor(np.ascontiguousarray(value))
+                    self.kept[name][1].state.state = self.tensor(np.ascontiguousarray(value))
             elif name not in self.bound or value is not self.bound[name][0]:
                 # A view may be one of this engine's own buffers, which it writes to.
                 held = np.ascontiguousarray(value) if value.base is None else np.array(value, order="C")
                 self.bound[name] = value, held
-                self.request.set_tensor(name, ov.Tensor(held, shared_memory=True))
+                self.request.set_tensor(name, self.tensor(held, shared_memory=True))
         self.request.start_async()
         self.request.wait()
         computed = {name: self.request.get_tensor(name).data for name in self.computed}
         return computed | dict(self.kept.values())
 
     def another(self) -> Engine:
-        return Engine(self.compiled, self.component)
+        return Engine(self.compiled, self.component, self.tensor)
 
 
 class Kept:

@@ -51,13 +51,13 @@ def file_rows(path: Path) -> tuple[Iterator[Row], int | None]:
     if str(path) == "-":
         return json_rows(sys.stdin.buffer, Path()), None
     try:
-        lines = path.open("rb")
-        count = sum(1 for _ in lines) if path.is_file() else None  # a pipe is read once
-        if count is not None:
-            lines.seek(0)
+        count = None
+        if path.is_file():  # and no pipe, which is read once
+            with path.open("rb") as lines:
+                count = sum(1 for _ in lines)
+        return json_rows(path.open("rb"), path.parent), count
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}", fix="give a JSON Lines file") from e
-    return json_rows(lines, path.parent), count
 
 
 def json_rows(lines: Iterable[bytes], folder: Path) -> Iterator[Row]:
@@ -127,7 +127,9 @@ def _each(session: Session, queries: list[Query]) -> list[dict[str, Any] | Input
 def _check_files(query: Query) -> None:
     for medium in MEDIA:
         if isinstance(file := getattr(query, medium), Path) and not file.is_file():  # a pipe would never end
-            raise InputError(f"cannot read {medium} {file}: no such file", fix="paths are from the JSON Lines file")
+            raise InputError(
+                f"cannot read {medium} {file}: no such file", fix="name a file, from the folder of the rows"
+            )
 
 
 def _failure(error: InputError) -> dict[str, str]:
