@@ -22,8 +22,11 @@ from tests import bundles
 SIZE, WIDTH, TOKENS = 8, 4, 16
 
 
-def two_modalities(version: int = 1, gain: float = 1.0) -> bytes:
-    """A bundle that looks at an image (8x8) and reads a text of at most 16 tokens: encoders, and a fusion of both."""
+def two_modalities(version: int = 1, gain: float = 1.0, masked: bool = True) -> bytes:
+    """A bundle that looks at an image (8x8) and reads a text of at most 16 tokens: encoders, and a fusion of both.
+
+    masked   whether padding counts for nothing
+    """
     rng = np.random.default_rng(0)
     floats = TensorProto.FLOAT
     pixels = rng.standard_normal((3 * SIZE * SIZE, WIDTH)).astype(np.float32) * 0.1
@@ -46,7 +49,7 @@ def two_modalities(version: int = 1, gain: float = 1.0) -> bytes:
                 helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
                 helper.make_node("Cast", ["mask"], ["m"], to=floats),
                 helper.make_node("Unsqueeze", ["m", "last"], ["m3"]),
-                helper.make_node("Mul", ["rows", "m3"], ["text_tokens"]),
+                helper.make_node("Mul" if masked else "Add", ["rows", "m3"], ["text_tokens"]),
             ],
             {"table": table, "last": np.array([2], np.int64)},
         ),

@@ -28,6 +28,8 @@ from tritonclient.grpc import service_pb2
 from edgemm import load_bundle
 from edgemm.runtime.preprocess import image_to_pixels
 from edgemm.runtime.serving.messages import MESSAGES, message
+from edgemm.runtime.serving.model import Model
+from edgemm.runtime.serving.options import Options
 from tests import bundles
 from tests.serving import Server, serving, two_modalities
 
@@ -125,6 +127,14 @@ def test_triton_s_clients_get_what_run_gets(client: tuple[Any, Any], bundle: Pat
     image = {"pixel_values": np.concatenate([given["pixel_values"]] * 3)}
     wanted = [kind.InferRequestedOutput("image_tokens")]
     assert made.infer("looker", triton_inputs(kind, image), outputs=wanted).as_numpy("image_tokens").shape == (3, 4)
+
+
+def test_texts_are_padded_to_lengths_that_change_nothing(bundle: Path, tmp_path: Path) -> None:
+    model = Model(bundle, Options())
+    assert (model.buckets, model.text_axes) == ([8, 16], {("text_tokens", 1)})
+    assert [len(t) for t in model.medium("text", "what is")["mask"]] == [8]
+    (tmp_path / "m.edgemm").write_bytes(two_modalities(masked=False))
+    assert Model(tmp_path / "m.edgemm", Options()).buckets == [16]
 
 
 def test_json_tensors(server: Server, bundle: Path) -> None:

@@ -16,6 +16,7 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
     class Guarded(HttpToolsProtocol):
         _head_bytes, _in_head = 0, False
         _head_timer: asyncio.TimerHandle | None = None
+        _write_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -65,10 +66,16 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._write_timer.cancel()
+            self._written()
+
+        def _written(self) -> None:
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+                self._write_timer = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._head_is_there()
+            self._written()
             super().connection_lost(exc)
 
     return Guarded

@@ -31,6 +31,7 @@ class Decoder(Engine):
         if output["text_prompt"]:
             self.inputs.append(PROMPT)
         self.outputs = {IDS: (1, "ids")}
+        self.seen = {IDS: []}
 
     def _time(self, row: Tensors, size: int) -> float:
         """Once: it may take seconds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_t
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Array, Tensors, answer_of
 from edgemm.runtime.serving.decoder import IDS, PROMPT, Decoder
-from edgemm.runtime.serving.engine import Engine
+from edgemm.runtime.serving.engine import Engine, close
 from edgemm.runtime.serving.options import Options
 from edgemm.runtime.serving.work import Plan, Source
 
 BUCKET = 8  # texts are padded to a multiple of this many tokens
 SHORT_TEXT = 64  # tokens; longer texts are padded to powers of two
-LONGEST_SAMPLE = 1 << 16  # elements of an axis, in what a component without fixed shapes is measured on
+SAMPLE = 1024  # elements of a free axis, in what a component is measured on
 
 
 class Model:
@@ -69,7 +69,6 @@ class Model:
                 self.engines.append(Engine(spec, compile_, sizes, options.streams, fixed=fixed))
         self.ports = {p["name"]: p for e in self.engines for p in e.spec["inputs"]}
         self.outputs = {name: shape for engine in self.engines for name, shape in engine.outputs.items()}
-        self.text_axes: set[tuple[str, int]] = set()  # (tensor, axis) of outputs that are as long as the text
         self._measure()
         self.plan = lru_cache(64)(self._plan)
 
@@ -77,37 +76,70 @@ class Model:
         """Lengths that texts are padded to; none where padding would change the answer."""
         if not self.text or not self.text["mask"] or self.text["pad_to"] or self.text["boxes"] or self.prompted:
             return []
-        most = self.text["max_tokens"]
+        most, specs = self.text["max_tokens"], self.program["components"]
+        fixed = next((p["shape"][1] for c in specs for p in c["inputs"] if p["name"] == self.text["ids"]), most)
+        if isinstance(fixed, int) and self.backend != "openvino":
+            return [fixed]
         if most <= SHORT_TEXT:
             return [*range(BUCKET, most, BUCKET), most]
         return [*(1 << n for n in range(4, most.bit_length()) if 1 << n < most), most]
 
     def _measure(self) -> None:
-        """Send a sample of each length through every component that it reaches: compiles, measures, learns shapes."""
-        lengths: dict[str, set[tuple[int, ...]]] = {}
-        for bucket in self.buckets or [0]:
-            known = {n: v for tensors in self.sources.values() for n in tensors for v in [self._sample(n, bucket)]}
-            for engine in self.engines:
-                known |= engine.learn({name: known[name] for name in engine.inputs})
-            for name in self.outputs.keys() & known.keys():
-                lengths.setdefault(name, set()).add(known[name].shape)
-        for name, shapes in lengths.items():
-            for axis, sizes in enumerate(zip(*shapes, strict=True)):
-                if len(set(sizes)) > 1:
-                    self.text_axes.add((name, axis))
+        """Send a sample of each length through every component: compiles, measures, learns which outputs are as long.
+
+        A length at which the same text comes out otherwise than at the longest is not padded to.
+        """
+        longest: dict[str, Array] = {}
+        for bucket in reversed(self.buckets or [0]):
+            known = {name: self._sample(name, bucket) for tensors in self.sources.values() for name in tensors}
+            try:
+                for engine in self.engines:
+                    known |= engine.learn({name: known[name] for name in engine.inputs})
+            except InputError:
+                if not longest:
+                    raise
+                self.buckets.remove(bucket)
+                continue
+            longest = longest or known
+            if any(not self._same(known[name], longest[name]) for name in self.outputs.keys() - {IDS}):
+                self.buckets.remove(bucket)
+
+    def _same(self, value: Array, at_longest: Array) -> bool:
+        """Whether a text's output is the same at both lengths, padding aside."""
+        for axis, (size, most) in enumerate(zip(value.shape, at_longest.shape, strict=True)):
+            if size != most:
+                heard = (*[slice(None)] * axis, slice(self.buckets[0] // 2))
+                value, at_longest = value[heard], at_longest[heard]
+        return close(value, at_longest)
 
     def _sample(self, name: str, length: int) -> Array:
-        """A row that is as large as this input can be, texts as long as `length`."""
+        """A row of this input: free axes up to SAMPLE long, a text half as long as the shortest bucket and padded."""
         if name == PROMPT:
             return np.zeros((1, 0), np.int64)
-        port, most = self.ports[name], {k: v for c in self.program["components"] for k, v in c["max_sizes"].items()}
-        shape = [min(a if isinstance(a, int) else most.get(a, 1), LONGEST_SAMPLE) for a in port["shape"]]
-        if length and name in self.sources["text"]:
-            shape[1] = length
-        made = np.ones([1, *shape[1:]], port["dtype"])
-        if self.text and name == self.text["ids"]:
-            made[:] = np.arange(shape[1]) % 2  # a batch of these in another order has other rows
+        specs = self.program["components"]
+        most = {axis: size for c in specs for axis, size in c["max_sizes"].items()}
+        least = {axis: size for c in specs for axis, size in c["min_sizes"].items()}
+        port = self.ports[name]
+        shape = [a if isinstance(a, int) else max(least.get(a, 1), min(most.get(a, 1), SAMPLE)) for a in port["shape"]]
+        if not length or name not in self.sources["text"]:
+            return np.ones([1, *shape[1:]], port["dtype"])
+        made = np.zeros([1, length], port["dtype"])
+        heard = self.buckets[0] // 2
+        is_ids = name == self.text["ids"]
+        made[:, heard:] = self.text["pad_id"] if is_ids else 0
+        made[:, :heard] = np.arange(heard) % 2 if is_ids else name == self.text["mask"]
         return made
+
+    @cached_property
+    def text_axes(self) -> set[tuple[str, int]]:
+        """(tensor, axis) of outputs that are as long as the text."""
+        found = set()
+        for engine in self.engines:
+            for name, axes in engine.seen.items() if not isinstance(engine, Decoder) else ():
+                for axis, sizes in enumerate(zip(*axes, strict=True)):
+                    if len(set(sizes)) > 1:
+                        found.add((name, axis))
+        return found
 
     def _plan(self, given: frozenset[str], wanted: frozenset[str]) -> Plan:
         """How the modalities `given` make the tensors `wanted`; all that end somewhere, when none is named.
