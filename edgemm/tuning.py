@@ -104,7 +104,11 @@ class Judge:
 
 
 def unbiased(
-    model: onnx.ModelProto, fp32: onnx.ModelProto, component: dict[str, Any], samples: Sequence[Tensors], output: str
+    model: onnx.ModelProto,
+    fp32: onnx.ModelProto,
+    component: dict[str, Any],
+    samples: Sequence[Tensors],
+    output: str | None,
 ) -> onnx.ModelProto:
     """`model`, in place: the mean error of each channel of `output` float32[..., V] against `fp32` is taken off.
 
@@ -112,8 +116,9 @@ def unbiased(
     stop are close, that decides for all texts alike.
 
     samples   inputs of `component` (its entry in program.json) over which the error is averaged
+    output    None: nothing is taken off
     """
-    if not samples:
+    if not samples or output is None:
         return model
     pairs = zip(*(outputs(graph, component, samples) for graph in (fp32, model)), strict=True)
     errors = [got[output].astype(np.float64) - wanted[output] for wanted, got in pairs]

@@ -510,6 +510,10 @@ class Run:
         self.bundle, self.folder = bundle, folder
         self.trt, self.cuda = import_tensorrt(), Cuda()
         self.hardware = hardware_of(self.trt, self.cuda)
+        has, wanted = self.cuda.capability, [f"{sm // 10}.{sm % 10}" for sm in bundle.spec["sm"]]
+        if has not in wanted:
+            what = f"this device has compute capability {has}, and the bundle is for {', '.join(wanted)}"
+            raise Refused(3, what, "run it on the device that it was made for, or compress for a target with this sm")
         self.cache = Cache(folder, bundle, self.hardware)
         self.built: set[tuple[str, str]] = set()  # in this run
         self.failed: dict[tuple[str, str], Unfit] = {}

@@ -28,7 +28,7 @@ def lower(
     plain = half.prepare(model, opset_max, where)
     lowered = {"fp16": _halved(plain, largest(plain, samples))}
     if quantized is not None:
-        calibrated = qdq.strip(quantized)
+        calibrated = qdq.strip(quantized, model)
         prepared = half.prepare(calibrated.model, opset_max, where)
         found = largest(prepared, samples)
         placed, _ = qdq.place(prepared, calibrated.ranges, found, calibrated.weights)

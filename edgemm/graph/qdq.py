@@ -40,11 +40,16 @@ class Calibrated:
     weights: frozenset[str]
 
 
-def strip(quantized: onnx.ModelProto) -> Calibrated:
-    """Take every Q/DQ pair out of a graph and keep the ranges; INT8 weights become float again."""
+def strip(quantized: onnx.ModelProto, floats: onnx.ModelProto) -> Calibrated:
+    """Take every Q/DQ pair out of a graph and keep the ranges; INT8 weights become float again.
+
+    floats   the graph before quantizing: weights that were only rounded are taken from it, so that they are not
+             rounded twice; smoothed ones are what INT8 left of them
+    """
     model = onnx.ModelProto()
     model.CopyFrom(quantized)
-    view = View(model)
+    view, before = View(model), View(floats)
+    nodes = {node.name: node for node in floats.graph.node}
     renamed: dict[str, str] = {}
     ranges: dict[str, float] = {}
     weights: set[str] = set()
@@ -53,7 +58,8 @@ def strip(quantized: onnx.ModelProto) -> Calibrated:
             continue
         quantize = view.made.get(node.input[0])
         if quantize is None:
-            weight = numpy_helper.from_array(_dequantized(node, view), node.output[0])
+            value = _unrounded(node, view, nodes, before)
+            weight = numpy_helper.from_array(value, node.output[0])
             model.graph.initializer.append(weight)
             weights.add(weight.name)
             node.op_type = "Dead"
@@ -86,7 +92,8 @@ def _magnitude(node: onnx.NodeProto, view: View) -> float:
     return float((np.maximum(low, kind.max - offset) * scale).max())
 
 
-def _dequantized(node: onnx.NodeProto, view: View) -> NDArray[np.float32]:
+def _dequantized(node: onnx.NodeProto, view: View) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The float value of a DequantizeLinear's constant, and the step between its levels, broadcast to it."""
     stored = view.value(node.input[0])
     assert stored is not None, f"{node.name}: its input is neither quantized nor constant"
     scale, zero = _parameters(node, view)
@@ -97,7 +104,21 @@ def _dequantized(node: onnx.NodeProto, view: View) -> NDArray[np.float32]:
         shape[attribute(node, "axis", 1)] = scale.size
         scale = scale.reshape(shape)
         zero = zero.reshape(shape) if zero.size > 1 else zero  # NNCF writes one for all channels
-    return ((stored.astype(np.int64) - zero.astype(np.int64)) * scale).astype(np.float32)
+    return ((stored.astype(np.int64) - zero.astype(np.int64)) * scale).astype(np.float32), np.abs(scale)
+
+
+def _unrounded(
+    node: onnx.NodeProto, view: View, nodes: Mapping[str, onnx.NodeProto], before: View
+) -> NDArray[np.float32]:
+    """The weights behind a DequantizeLinear: as they were in `before`, by the name of the node that takes them; as
+    dequantized where some of them are further away than rounding and clipping go, a step."""
+    dequantized, step = _dequantized(node, view)
+    for taker in view.takers[node.output[0]]:
+        source = nodes[taker.name].input[list(taker.input).index(node.output[0])] if taker.name in nodes else ""
+        value = before.value(source)
+        if value is not None and value.shape == dequantized.shape and (np.abs(value - dequantized) <= step).all():
+            return np.asarray(value, np.float32)
+    return dequantized
 
 
 def products(model: onnx.ModelProto) -> dict[str, int]:

@@ -62,16 +62,15 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path) -> Art
                     tuned.append(found.model_dump(mode="json"))
                 log(f"quantize {name}: {use}, {len(samples[name])} samples")
                 quantized = quantizer.quantize(load(), samples[name], chosen)
-                if name in logits:
-                    quantized = unbiased(quantized, load(), spec, samples[name], logits[name])
+            correct = partial(unbiased, fp32=load(), component=spec, samples=samples[name], output=logits.get(name))
             if not tensorrt:
-                onnx.save(int8_tables(quantized), out / f"{name}.onnx")
+                onnx.save(int8_tables(correct(quantized)), out / f"{name}.onnx")
                 continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
             for precision, made in lower(load(), quantized, samples[name], target.opset_max, name).items():
                 if kept := kept_in_float32(made):
                     log(f"{name}.{precision}: {len(kept)} nodes stay in FP32, the first is {kept[0]}")
-                onnx.save(made, out / f"{name}.{precision}.onnx")
+                onnx.save(correct(made) if precision == "int8" else made, out / f"{name}.{precision}.onnx")
         copy_program(graph, out)
         (out / "tuning.json").write_text(json.dumps(tuned), encoding="utf-8")  # for the report
 

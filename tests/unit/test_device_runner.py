@@ -325,6 +325,13 @@ def test_without_tensorrt_or_a_device_it_says_so(small_bundle: Path, run: Run, t
     assert done.returncode == 3 and "libnvinfer.so.10" in done.stderr and "fix:" in done.stderr
 
 
+def test_a_device_that_the_bundle_is_not_for_builds_nothing(tmp_path: Path, run: Run) -> None:
+    code, report, stderr = run(with_spec(devices.bundle(tmp_path, ["head"]), sm=[86, 110]))
+    assert (code, report) == (3, None)
+    assert "this device has compute capability 8.7, and the bundle is for 8.6, 11.0" in stderr and "fix:" in stderr
+    assert not list((tmp_path / "cache").glob("*.engine"))
+
+
 def test_sparse_kernels_are_for_targets_that_ask_for_them(small_bundle: Path, run: Run, tmp_path: Path) -> None:
     log = tmp_path / "built"
     run(with_spec(devices.bundle(tmp_path, ["head"]), sparsity="2:4"), log=str(log))
