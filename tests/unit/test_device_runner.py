@@ -166,10 +166,11 @@ def test_what_was_built_is_not_built_again(small_bundle: Path, built: Path, run:
 @pytest.mark.parametrize(
     ("settings", "shipped", "failed", "why"),
     [
-        ({"fail_build": "int8"}, "fp16", "int8", "Could not find any implementation"),
+        ({"fail_build": "int8", "version": "11.4"}, "fp16", "int8", "Could not find any implementation"),
         ({"kill_build": "int8"}, "fp16", "int8", "killed by signal 9"),
-        ({"out_of_memory": "int8"}, "fp16", "int8", "OutOfMemory"),
-        ({"wrong": "int8"}, "fp16", "int8", "logits: -"),
+        ({"out_of_memory": "int8", "version": "10.16"}, "fp16", "int8", "OutOfMemory"),
+        ({"out_of_memory": "int8", "version": "11.4"}, "fp16", "int8", "OutOfMemory"),
+        ({"wrong": "int8", "version": "11.4"}, "fp16", "int8", "logits: -"),
         ({"nan": "fp16"}, "int8", "fp16", "logits: None dB"),
         ({"fail_build": "fp16"}, "int8", "fp16", "Could not find any implementation"),
     ],
@@ -185,8 +186,9 @@ def test_a_candidate_that_fails_is_not_shipped(
     assert row["int8_speedup"] is None and row["candidates"][shipped]["latency"]
 
 
-def test_int8_that_is_not_faster_is_not_shipped(small_bundle: Path, run: Run) -> None:
-    code, report, _ = run(small_bundle, slow="int8")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_int8_that_is_not_faster_is_not_shipped(small_bundle: Path, run: Run, version: str) -> None:
+    code, report, _ = run(small_bundle, slow="int8", version=version)
     row = head(report)
     assert (code, row["shipped"]) == (0, "fp16")
     assert row["int8_speedup"]["p50"] < 1 and "not faster" in row["reason"]
@@ -213,14 +215,15 @@ def test_a_device_that_dies_while_it_is_timed_ships_nothing(small_bundle: Path, 
     assert all("illegal memory access" in c["error"] and not c["passed"] for c in row["candidates"].values())
 
 
-def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["10.3", "11.4"])
+def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_path: Path, version: str) -> None:
     """At each fsync in turn: the cache then has the whole engine or none, and the next run goes on from there."""
     (tmp_path / "sitecustomize.py").write_text(CUT)
     (tmp_path / "cache").mkdir()
     cuts = 0
     for n in range(1, 20):
         environment = {"PYTHONPATH": str(tmp_path), "CUT": str(n)}
-        code, _, _ = run(small_bundle, "--build", "head", "int8", environment=environment)
+        code, _, _ = run(small_bundle, "--build", "head", "int8", environment=environment, version=version)
         if code == 0:
             break
         assert code == 137
@@ -230,7 +233,7 @@ def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_
             assert json.loads(record.read_bytes())["sha256"] == hashlib.sha256(plan).hexdigest()
     assert cuts == 6, "engine, record and timing cache, each with its directory"
     (tmp_path / "cache" / ".tmp-half.engine").write_bytes(b"half")
-    code, report, _ = run(small_bundle)
+    code, report, _ = run(small_bundle, version=version)
     assert (code, head(report)["shipped"]) == (0, "int8")
     assert not list((tmp_path / "cache").glob(".tmp-*"))
 
