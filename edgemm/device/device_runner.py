@@ -16,7 +16,7 @@ no engine); HARDWARE.timing, TensorRT's timing cache. Latency is host to host: c
 Device memory: one cuMemAlloc a tensor, grown to the largest shape met; activations are TensorRT's own allocation.
 
 Exit codes: 0 every component has an engine that passes and the limits hold, 2 the bundle or a path is wrong,
-3 TensorRT or CUDA is absent, 4 no engine of a component passes or a limit is missed.
+3 TensorRT or CUDA is absent, or this is another GPU, 4 no engine of a component passes or a limit is missed.
 """
 
 from __future__ import annotations
