@@ -26,7 +26,7 @@ SMALLEST_SCALE = np.float16(2**-20)  # still 16 steps above zero in float16
 MOVES = {"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity", "Split", "Expand", "Flatten"}
 
 
-OFF_CENTRE = 0.25  # of half a range: how far its middle is from zero, from which INT8 is spent around the middle
+OFF_CENTRE = 0.03  # of half a range: how far its middle is from zero, from which INT8 is spent around the middle
 CENTERED = "/centered"
 Range = tuple[float, float]
 

@@ -133,7 +133,7 @@ def head(report: dict[str, Any] | None) -> dict[str, Any]:
 def test_each_version_builds_checks_and_ships_the_faster_engine(
     whole_bundle: Path, run: Run, tmp_path: Path, version: str
 ) -> None:
-    code, report, _ = run(whole_bundle, version=version)
+    code, report, _ = run(whole_bundle, version=version, slow="fp16")
     assert code == 0 and report
     measured = DeviceReport.model_validate(report)
     assert measured.bundle.sha256 == hashlib.sha256(whole_bundle.read_bytes()).hexdigest()
