@@ -191,11 +191,11 @@ def place(
                 placed.append(node.name)
                 node.input[1] = stored(weight, axis)
                 if ranges:
-                    middle = _middle(low, high) if node.op_type != "Conv" else 0.0  # a padded 0 must stay 0
+                    middle, magnitude = _around(low, high, node.op_type != "Conv")  # a padded 0 must stay 0
                     taken = f"{source}{CENTERED}" if middle else source
                     if taken not in dequantized:
                         dequantized[taken] = f"{taken}/dequantized"
-                        nodes += _activation(source, taken, max(high - middle, middle - low), middle, model)
+                        nodes += _activation(source, taken, magnitude, middle, model)
                     node.input[0] = dequantized[taken]
                     if middle:
                         nodes += [node, _put_back(node, weight, axis, middle, model)]
@@ -214,10 +214,15 @@ def _range(name: str, ranges: Mapping[str, Range], largest: Mapping[str, float],
     return ranges.get(at) or (-largest[name], largest[name])
 
 
-def _middle(low: float, high: float) -> float:
-    """The middle of a range, as float16 has it; 0 where the range is nearly symmetric."""
-    middle = float(np.float16((low + high) / 2))
-    return middle if abs(middle) > OFF_CENTRE * (high - low) / 2 else 0.0
+def _around(low: float, high: float, centered: bool) -> tuple[float, float]:
+    """What is taken off before rounding, and the magnitude of what is left.
+
+    A whole number of steps, so that 0 stays a level, as with a zero point: half of what a GELU gives is next to it.
+    """
+    half = (high - low) / 2 * HIGHEST / (HIGHEST - 0.5)  # the middle moves by half a step
+    step = float(half_scales(np.array(half)))
+    middle = float(np.float16(step * np.rint((low + high) / 2 / step)))
+    return (middle, half) if centered and abs(middle) > OFF_CENTRE * half else (0.0, max(high, -low))
 
 
 def _activation(
