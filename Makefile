@@ -1,9 +1,9 @@
-# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | device
+# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | bench-serve | bench-loadgen | device
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt device
+.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt bench-serve bench-loadgen device
 
 setup: .venv/.installed
 
@@ -30,12 +30,24 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
+	$(BIN)/python tests/bench/quantizers.py reasoner
+	$(BIN)/python tests/bench/quantizers.py reasoner --target x86-onnxruntime
+	$(BIN)/python tests/bench/quantizers.py whisper
 
 device: setup
 	$(BIN)/pytest tests/device
 
+bench-serve: setup
+	$(BIN)/python tests/bench/serving.py
+	$(BIN)/python tests/bench/serving_memory.py
+
 bench-tensorrt: setup
 	$(BIN)/python tests/bench/tensorrt.py
+
+bench-loadgen: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mlcommons-loadgen==6.0.17
+	test -f out/x86-openvino/reasoner-x86-openvino.edgemm || $(MAKE) demo
+	$(BIN)/python tests/bench/loadgen.py
 
 bench-whisper: setup .venv/peers/.installed
 	$(BIN)/python tests/bench/whisper.py

@@ -34,7 +34,7 @@ def compress_one(recipe: Recipe, target: Target, runs: Path) -> tuple[TargetRepo
     recipe = search(source, recipe, target, runs)  # how wide layers stay, by their latencies on the target
     pruned = prune(source, recipe, runs)  # smaller shapes, not masks
     graph = export(pruned, recipe.export, runs)  # one ONNX graph a component
-    quantized = quantize(graph, recipe, target, runs)  # Q/DQ, ranges from the train split
+    quantized = quantize(graph, recipe, target, runs, pruned)  # Q/DQ, ranges from the train split
     precision = target.precision if target.dialect == "tensorrt" else recipe.precision or target.precision
     engine = compile_engine(quantized, target, precision, runs)  # OpenVINO IR, TensorRT engine
     baseline = compile_engine(export(source, recipe.export, runs), target, "f32", runs)  # FP32, same runtime
@@ -57,6 +57,8 @@ def compress(recipe: Recipe, targets: Sequence[Target], out: Path, *, fresh: boo
     check_plugins(recipe)
     check_model(recipe.model)
     check_data(recipe)
+    for use in recipe.quantize.quantizers if recipe.quantize else ():
+        plugins.plugin("quantizers", use).require()  # before an hour of pruning
     for target in targets:
         plugins.plugin("backends", target.backend)
     runs = out / ".runs"

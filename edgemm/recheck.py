@@ -33,7 +33,7 @@ def verify_bundle(bundle: Path, data: str | None = None) -> TargetReport:
             f"the engines of {bundle} are built and checked on the device",
             fix="run device_runner.py there, then edgemm verify BUNDLE --device-report device-report.json",
         )
-    session = Session(content.files, content.manifest["program"], str(bundle))
+    session = Session(content.files, content.manifest["program"], str(bundle), sha256=content.sha256)
     recipe, target = origin(content, bundle)
     if data is not None:
         recipe = recipe.model_copy(update={"data": data})

@@ -40,13 +40,14 @@ class QuantizeSearch(Strict):
 
     sqnr_db: float = Field(30.0, gt=0, le=80)
     smooth_quant: tuple[float, ...] = Field((0.5, 0.8, -1), min_length=1)
-    ranges: tuple[Literal["minmax", "histogram"], ...] = Field(("minmax", "histogram"), min_length=1)
+    ranges: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(("minmax", "mse"), min_length=1)
     budget_minutes: float = Field(10.0, gt=0)
 
 
 class Quantize(Use):
     """A quantizer, its options, and what differs for single components, by glob pattern over their names.
 
+    components   changes of options; with a `use` of its own, the options of that quantizer alone
     search   finds some of the options by measurement on calibration data
     """
 
@@ -55,11 +56,25 @@ class Quantize(Use):
 
     def of(self, component: str) -> dict[str, Any]:
         """The options of one component: later patterns win over earlier ones and over the general options."""
-        values = self.values
+        return self._chosen(component)[1]
+
+    def quantizer(self, component: str) -> str:
+        """The quantizer of one component."""
+        return self._chosen(component)[0]
+
+    @property
+    def quantizers(self) -> set[str]:
+        """All that are named."""
+        return {self.use, *(c["use"] for c in self.components.values() if "use" in c)}
+
+    def _chosen(self, component: str) -> tuple[str, dict[str, Any]]:
+        use, values = self.use, self.values
         for pattern, changes in self.components.items():
             if fnmatchcase(component, pattern):
-                values |= changes
-        return values
+                if "use" in changes:
+                    use, values = changes["use"], {}
+                values |= {key: value for key, value in changes.items() if key != "use"}
+        return use, values
 
 
 class Export(Strict):
@@ -129,13 +144,15 @@ class Recover(Strict):
 class Search(Strict):
     """How wide each layer is to stay: see edgemm/search.py.
 
-    speedup  of the FP32 graph, by pruning alone, on the target
-    repair   correct what stays by least squares on the calibration data
+    speedup     of the FP32 graph, by pruning alone, on the target
+    repair      correct what stays by least squares on the calibration data
+    key_tokens  let image tokens leave too, as many as pays on the target
     """
 
     use: Literal["latency"]
     speedup: float = Field(gt=1)
     repair: bool = True
+    key_tokens: bool = False
 
 
 Version = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]  # what JSON carries whole everywhere
@@ -194,8 +211,12 @@ def check_plugins(recipe: Recipe) -> None:
         if getattr(plugin("pruners", pass_.use), "LAST", False) and i < len(recipe.prune) - 1:
             raise InputError(f"{recipe.name}: prune.{i}: {pass_.use} is not the last pass", fix="move it to the end")
     if recipe.quantize is not None:
+        where = f"{recipe.name}: quantize"
         for component in ("", *recipe.quantize.components):
-            options("quantizers", recipe.quantize.use, recipe.quantize.of(component), f"{recipe.name}: quantize")
+            use, values = recipe.quantize.quantizer(component), recipe.quantize.of(component)
+            options("quantizers", use, values, where)
+            for ranges in recipe.quantize.search.ranges if recipe.quantize.search else ():
+                options("quantizers", use, {**values, "ranges": ranges}, f"{where}.search")
 
 
 def read_yaml(folder: str, name: str) -> tuple[dict[str, Any], str]:

@@ -69,8 +69,10 @@ class Target(Strict):
     budgets: Budgets = Budgets()
 
     @property
-    def dialect(self) -> Literal["openvino", "tensorrt"]:
+    def dialect(self) -> Literal["openvino", "onnxruntime", "tensorrt"]:
         """How Q/DQ must be written."""
+        if self.backend == "onnxruntime":
+            return "onnxruntime"
         return "tensorrt" if self.backend in ("tensorrt", "tensorrt_rtx") else "openvino"
 
 
@@ -89,7 +91,11 @@ def _refusal(target: Target) -> tuple[str, str] | None:
     if target.dialect != "tensorrt":
         fields = ("compile", "sm", "jetpack", "tensorrt", "precisions", "sparsity", "shapes")
         given = [f for f in fields if getattr(target, f) != Target.model_fields[f].default]
-        return (f"{min(given)} means nothing to backend {target.backend}", f"leave {min(given)} out") if given else None
+        if given:
+            return f"{min(given)} means nothing to backend {target.backend}", f"leave {min(given)} out"
+        if target.backend == "onnxruntime" and target.precision != "f32":
+            return f"precision = {target.precision}: ONNX Runtime's CPU kernels compute in f32", "precision: f32"
+        return None
     for axis, sizes in target.shapes.items():
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
             return f"shapes.{axis} = {list(sizes)} is not min <= opt <= max", "give three sizes in order"

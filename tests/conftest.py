@@ -25,6 +25,14 @@ main()
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled graphs are kept for this run of the tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEMM_CACHE", str(tmp_path_factory.mktemp("cache") / "edgemm"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def edgemm() -> Run:
     """Run `edgemm ARGS` in a process of its own; stdout and stderr as text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ TOOLCHAIN = {"easy_vqa", "jinja2", "matplotlib", "nncf", "onnx", "onnxruntime", 
 
 def main() -> None:
     """Entry point of `edgemm`."""
+    for noisy in ("torchao", "torch.utils._pytree"):  # transformers loads torchao where it is; CUDA parts are missing
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     build_app()()
 
 

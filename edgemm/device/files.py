@@ -93,8 +93,7 @@ def reference_cases(
         for name, calls in met.items():
             fitting = [c for c in calls if fits(c, profiles.get(name, {}))]
             for inputs in fitting[:: max(1, len(fitting) // STEPS)]:
-                outputs = {n: v.copy() for n, v in session.components[name][1](inputs).items()}
-                found[name].append((inputs, outputs))
+                found[name].append((inputs, session.components[name](inputs)))
     session.observe = None
     for name, cases in found.items():
         if not cases:

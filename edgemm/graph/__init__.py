@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx
@@ -71,3 +73,14 @@ def name_nodes(model: onnx.ModelProto) -> None:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}_{i}"
         seen.add(node.name)
+
+
+def layer_of(node: onnx.NodeProto) -> str:
+    """The dotted path of the torch module that a node was exported from; empty where the graph does not say."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    return next((name for name in reversed(literal_eval(scopes)[:-1]) if name), "")
+
+
+def matches(node: onnx.NodeProto, pattern: str) -> bool:
+    """Whether a glob pattern means a node: by its name or its layer's; or it is its op type."""
+    return node.op_type == pattern or fnmatchcase(node.name, pattern) or fnmatchcase(layer_of(node), pattern)

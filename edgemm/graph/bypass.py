@@ -11,6 +11,12 @@ from edgemm.graph import View
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
+def constant_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The products whose weights are constants, in graph order."""
+    view = View(model)
+    return [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in view.constants]
+
+
 def quantized_products(model: onnx.ModelProto) -> list[str]:
     """Names of the products that take an activation which was rounded to INT8, in graph order."""
     view = View(model)
@@ -39,3 +45,31 @@ def _rounded(view: View, name: str) -> str | None:
     if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.input[0] in view.constants:
         return None
     return str(quantize.input[0])
+
+
+def take_scales(model: onnx.ModelProto, other: onnx.ModelProto, names: Collection[str]) -> None:
+    """Give the products `names` of `model`, in place, the scales and zero points of their activations in `other`.
+
+    other   the same graph, quantized by another observer. What shares an activation shares its scale.
+    """
+    mine, theirs = View(model), View(other)
+    nodes = {n.name: n for n in other.graph.node}
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.name not in names or node.name not in nodes:
+            continue
+        for own, foreign in zip(node.input, nodes[node.name].input, strict=True):
+            if _rounded(mine, own) and _rounded(theirs, foreign):
+                pair = mine.made[own], theirs.made[foreign]
+                for i in (1, 2):
+                    if len(pair[0].input) > i:
+                        constants[pair[0].input[i]].CopyFrom(
+                            _named(theirs.constants[pair[1].input[i]], pair[0].input[i])
+                        )
+
+
+def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy

@@ -27,11 +27,6 @@ def onnx_export(component: Component, path: Path, opset: int) -> None:
 
     Raises InputError with torch's own words when the module can't be exported.
     """
-    axes = {
-        name: torch.export.Dim(name, min=component.min_sizes.get(name, 1), max=size)
-        for name, size in component.max_sizes.items()
-    }
-    shapes = {p.name: {i: axes[n] for i, n in enumerate(p.shape) if isinstance(n, str)} for p in component.inputs}
     # The exporter prints its progress and warns of its own internals; an error still raises.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -42,7 +37,7 @@ def onnx_export(component: Component, path: Path, opset: int) -> None:
                 (),
                 kwargs=component.example(batch=2),
                 dynamo=True,
-                dynamic_shapes=shapes,
+                dynamic_shapes=dynamic_shapes(component),
                 input_names=[p.name for p in component.inputs],
                 output_names=[p.name for p in component.outputs],
                 opset_version=opset,
@@ -55,6 +50,15 @@ def onnx_export(component: Component, path: Path, opset: int) -> None:
             ) from e
     program.save(str(path))
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def dynamic_shapes(component: Component) -> dict[str, dict[int, Any]]:
+    """torch.export's description of the axes that stay dynamic, by input."""
+    axes = {
+        name: torch.export.Dim(name, min=component.min_sizes.get(name, 1), max=size)
+        for name, size in component.max_sizes.items()
+    }
+    return {p.name: {i: axes[n] for i, n in enumerate(p.shape) if isinstance(n, str)} for p in component.inputs}
 
 
 def caller(component: Component, directory: Path) -> Call:

@@ -6,32 +6,47 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import onnx
-from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from edgemm.errors import InputError, ToolchainError
-from edgemm.recipe import Strict
+from edgemm.errors import ToolchainError
+from edgemm.graph.smoothing import Alpha, Samples, smooth
+from edgemm.quantizers._static import Static, alphas, by_layer, installed, kept
 
 
-class Options(Strict):
-    """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; `ranges`: how activations' ranges are found.
+class Options(Static):
+    """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; auto: each LayerNorm's own, by edgemm's folding.
 
+    Where layers have alphas of their own, all of them are folded into LayerNorms, and NNCF's SmoothQuant is off.
+    ranges       how activations' ranges are found; percentile: 0.01 to 99.99 % of the values; mse: least squared error
     preset       performance: all symmetric; mixed: zero points where activations, or weights alone, are one-sided
     weight_only  weights alone are INT8, per channel, and activations stay in float: for decoders, whose time
                  goes into reading weights, and whose activations collapse in INT8
+    bits         of the weights of products that are `weight_only`; 4 keeps the table of a vocabulary at 8
+    bias_correction  biases make up for the mean error of each layer, by NNCF's fast algorithm
     """
 
     preset: Literal["performance", "mixed"] = "performance"
-    smooth_quant: float = Field(0.5, ge=-1, le=1)
-    ranges: Literal["minmax", "histogram"] = "minmax"
+    smooth_quant: Alpha = Field(0.5)
+    ranges: Literal["minmax", "percentile", "mse"] = "minmax"
     weight_only: bool = False
-    keep_float: tuple[str, ...] = Field((), description="what stays in float: ONNX op types, or glob patterns of nodes")
+    bits: Literal[8, 4] = 8
+    bias_correction: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> Options:
+        if self.bits == 4 and not self.weight_only:
+            raise ValueError("bits = 4 is for weight_only: true; products of INT8 activations have INT8 weights")
+        if self.bits == 4 and self.preset == "mixed":
+            raise ValueError("bits = 4 with preset = mixed: NNCF writes zero points that no runtime reads; performance")
+        return self
+
+
+def require() -> None:
+    """ToolchainError unless the library is installed."""
+    installed("nncf", "compress")
 
 
 def needs_samples(options: Options) -> bool:
@@ -39,39 +54,51 @@ def needs_samples(options: Options) -> bool:
     return not options.weight_only
 
 
-def kept(model: onnx.ModelProto, patterns: Sequence[str]) -> list[str]:
-    """Names of the nodes whose op type or name a pattern matches; InputError for one that matches none."""
-    found: list[str] = []
-    for pattern in patterns:
-        nodes = [n.name for n in model.graph.node if n.op_type == pattern or fnmatchcase(n.name, pattern)]
-        if not nodes:
-            known = sorted({n.name for n in model.graph.node} | {n.op_type for n in model.graph.node})
-            near = get_close_matches(pattern, known, n=3) or known[:3]
-            raise InputError(f"quantize.keep_float: {pattern!r} matches no node", fix=f"near: {', '.join(near)}")
-        found += nodes
-    return found
-
-
-def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]], options: Options) -> onnx.ModelProto:
+def quantize(model: onnx.ModelProto, samples: Samples, options: Options) -> onnx.ModelProto:
     """FP32 graph and calibration inputs by name -> the same graph with Q/DQ, per-channel weights."""
+    require()
     os.environ["NNCF_CI"] = "1"  # no telemetry; read at import
     try:
         import nncf
-        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
-        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
     except ImportError as e:
-        raise ToolchainError("NNCF is not installed", fix="pip install 'edgemm[compress]'") from e
+        raise ToolchainError(f"NNCF can't be loaded: {e}", fix="pip install 'edgemm[compress]'") from e
     nncf.set_log_level(logging.ERROR)
+    floats = kept(model, options.keep_float)
     if options.weight_only:
+        mode = f"INT{options.bits}_{'SYM' if options.preset == 'performance' else 'ASYM'}"
+        scope = nncf.IgnoredScope(names=sorted({*floats})) if floats else None
+        groups = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
         with contextlib.redirect_stdout(io.StringIO()):
-            mode = "INT8_SYM" if options.preset == "performance" else "INT8_ASYM"
-            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode])
+            made = nncf.compress_weights(
+                model,
+                mode=nncf.CompressWeightsMode[mode],
+                ignored_scope=scope,
+                advanced_parameters=groups if options.bits == 4 else None,  # 128 weights share a scale, or fewer
+            )
+        if options.bits == 4:  # by an operator whose domain NNCF does not import
+            made.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        return made
+    ignored = {*floats, *(n.name for n in model.graph.node if n.op_type == "Gather")}
+    scope = nncf.IgnoredScope(names=sorted(ignored)) if ignored else None
+    own = alphas(model, options.layers)
+    if options.smooth_quant == "auto" or own:
+        model = smooth(model, samples, options.smooth_quant, own)
+        options = options.model_copy(update={"smooth_quant": -1.0})
+    return by_layer(model, options, lambda o: _static(model, samples, o, scope))
+
+
+def _static(model: onnx.ModelProto, samples: Samples, options: Options, ignored: Any) -> onnx.ModelProto:
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Estimators
+
     advanced = AdvancedQuantizationParameters(
-        smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=options.smooth_quant)
+        smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=options.smooth_quant),
+        disable_bias_correction=not options.bias_correction,
     )
-    if options.ranges == "histogram":
-        advanced.activations_range_estimator_params = RangeEstimatorParametersSet.HISTOGRAM
-    ignored = [*kept(model, options.keep_float), *(n.name for n in model.graph.node if n.op_type == "Gather")]
+    estimators = {"percentile": Estimators.MEAN_QUANTILE, "mse": Estimators.HISTOGRAM}
+    if options.ranges in estimators:
+        advanced.activations_range_estimator_params = estimators[options.ranges]
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars; our stdout carries the result alone
         return nncf.quantize(
             model,
@@ -79,6 +106,6 @@ def quantize(model: onnx.ModelProto, samples: Sequence[dict[str, NDArray[Any]]],
             preset=nncf.QuantizationPreset(options.preset),
             subset_size=len(samples),
             model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=sorted({*ignored})) if ignored else None,
+            ignored_scope=ignored,
             advanced_parameters=advanced,
         )

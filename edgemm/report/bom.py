@@ -19,6 +19,7 @@ from urllib.parse import quote
 from edgemm.artifact import canonical
 
 NAMESPACE = uuid.UUID("b8f5d1d4-3ac1-5d3b-9d5e-5a5f0e3c7a11")  # of edgemm's bundles
+REGISTRIES = {"zlib": "generic"}  # of tools that are not on PyPI
 MEDIA = ("image", "text", "audio", "tensors")
 
 
@@ -43,7 +44,7 @@ def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -
     ]
     tools = [
         {"type": "library", "bom-ref": f"tool:{name}", "name": name, "version": version}
-        | ({} if name == "edgemm" else {"purl": f"pkg:pypi/{name}@{quote(version)}"})
+        | ({} if name == "edgemm" else {"purl": f"pkg:{REGISTRIES.get(name, 'pypi')}/{name}@{quote(version)}"})
         for name, version in sorted(provenance["versions"].items())
         if version != "absent"
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from edgemm.errors import InputError, ToolchainError
 
 Tensors = Mapping[str, NDArray[Any]]
-Call = Callable[[Tensors], dict[str, NDArray[Any]]]
 FOREIGN = "run edgemm compress again for this GPU and this version of TensorRT"
 
 
@@ -31,13 +30,18 @@ class Cuda:
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(device), 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self.call("cuCtxSetCurrent", context)
+        self.context = context
+        self.use()
         self.call("cuStreamCreate", ctypes.byref(stream), 0)
         self.stream = int(stream.value or 0)
 
     def call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self.driver, name)(*arguments):
             raise ToolchainError(f"CUDA: {name} failed with code {code}", fix="look at nvidia-smi; free GPU memory")
+
+    def use(self) -> None:
+        """Make the device that of the thread which calls this: each thread has to."""
+        self.call("cuCtxSetCurrent", self.context)
 
     def allocate(self, size_bytes: int) -> int:
         """Device memory, kept until the process ends or `free`."""
@@ -60,51 +64,65 @@ class Cuda:
         self.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
 
-def load(trt: ModuleType, files: Mapping[str, bytes], component: dict[str, Any], cuda: Cuda) -> Call:
-    """A component's engine as a call from named inputs to named outputs, on the first CUDA device.
+def load(trt: ModuleType, files: Mapping[str, bytes], component: dict[str, Any], cuda: Cuda) -> Engine:
+    """A component's engine on the first CUDA device.
 
     component   its entry in program.json
-    Raises ToolchainError for an engine of another GPU or version, and for inputs outside its profile.
+    Raises ToolchainError for an engine of another GPU or version.
     """
     engine_bytes = engine_of(files, component["name"])
-    logger = trt.Logger(trt.Logger.ERROR)
-    runtime = trt.Runtime(logger)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(engine_bytes)
     if engine is None:
         raise ToolchainError(f"TensorRT {trt.__version__} cannot load {component['name']}.engine", fix=FOREIGN)
-    context = engine.create_execution_context()
-    buffers: dict[str, tuple[int, int]] = {}
+    return Engine(engine, component, cuda, trt.__version__)
 
-    def place(name: str, array: NDArray[Any]) -> int:
-        """Device memory for `array`, the same as before while it is large enough."""
-        address, room = buffers.get(name, (0, 0))
-        if room < array.nbytes:
-            if room:
-                cuda.free(address)
-            address, room = cuda.allocate(max(1, array.nbytes)), max(1, array.nbytes)
-            buffers[name] = address, room
-        context.set_tensor_address(name, address)
-        return address
 
-    def call(tensors: Tensors) -> dict[str, NDArray[Any]]:
-        for port in component["inputs"]:
+class Engine:
+    """One execution context of an engine: named inputs to named outputs, for one thread at a time.
+
+    Raises ToolchainError for inputs outside its profile.
+    """
+
+    def __init__(self, engine: Any, component: dict[str, Any], cuda: Cuda, version: str) -> None:
+        self.engine, self.component, self.cuda, self.version = engine, component, cuda, version
+        cuda.use()
+        self.context = engine.create_execution_context()
+        self.buffers: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, tensors: Tensors) -> dict[str, NDArray[Any]]:
+        name = self.component["name"]
+        self.cuda.use()
+        for port in self.component["inputs"]:
             array = np.ascontiguousarray(tensors[port["name"]])
-            if not context.set_input_shape(port["name"], array.shape):
-                what = f"{component['name']}: {port['name']} {list(array.shape)} is outside the engine's profile"
+            if not self.context.set_input_shape(port["name"], array.shape):
+                what = f"{name}: {port['name']} {list(array.shape)} is outside the engine's profile"
                 raise ToolchainError(what, fix="widen `shapes` in the target and compress again")
-            cuda.upload(place(port["name"], array), array)
+            self.cuda.upload(self._place(port["name"], array), array)
         outputs = {}
-        for port in component["outputs"]:
-            outputs[port["name"]] = np.empty(tuple(context.get_tensor_shape(port["name"])), port["dtype"])
-            place(port["name"], outputs[port["name"]])
-        if not context.execute_async_v3(cuda.stream):
-            raise ToolchainError(f"TensorRT {trt.__version__} failed to run {component['name']}", fix=FOREIGN)
-        cuda.wait()
-        for name, array in outputs.items():
-            cuda.download(array, buffers[name][0])
+        for port in self.component["outputs"]:
+            outputs[port["name"]] = np.empty(tuple(self.context.get_tensor_shape(port["name"])), port["dtype"])
+            self._place(port["name"], outputs[port["name"]])
+        if not self.context.execute_async_v3(self.cuda.stream):
+            raise ToolchainError(f"TensorRT {self.version} failed to run {name}", fix=FOREIGN)
+        self.cuda.wait()
+        for output, array in outputs.items():
+            self.cuda.download(array, self.buffers[output][0])
         return outputs
 
-    return call
+    def another(self) -> Engine:
+        return Engine(self.engine, self.component, self.cuda, self.version)
+
+    def _place(self, name: str, array: NDArray[Any]) -> int:
+        """Device memory for `array`, the same as before while it is large enough."""
+        address, room = self.buffers.get(name, (0, 0))
+        if room < array.nbytes:
+            if room:
+                self.cuda.free(address)
+            address, room = self.cuda.allocate(max(1, array.nbytes)), max(1, array.nbytes)
+            self.buffers[name] = address, room
+        self.context.set_tensor_address(name, address)
+        return address
 
 
 def engine_of(files: Mapping[str, bytes], name: str) -> bytes:

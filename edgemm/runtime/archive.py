@@ -56,7 +56,7 @@ def write_archive(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def _entry(name: str, content: bytes) -> Entry:
-    if _sparse(content):
+    if sparse(content):
         deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
         data = deflate.compress(content) + deflate.flush()
         if _pays(content, len(data)):
@@ -64,12 +64,13 @@ def _entry(name: str, content: bytes) -> Entry:
     return Entry(name, content, STORED, content)
 
 
-def _sparse(content: bytes) -> bool:
+def sparse(content: bytes) -> bool:
+    """Whether a file is deflated where that pays: then the archive's bytes are those of this zlib."""
     return len(content) >= WORTH and content.count(0) >= ZEROS * len(content)
 
 
 def _pays(content: bytes, deflated: int) -> bool:
-    return _sparse(content) and len(content) / MOST <= deflated <= SMALLER * len(content)
+    return sparse(content) and len(content) / MOST <= deflated <= SMALLER * len(content)
 
 
 def layout(members: Iterable[Entry]) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ may return its own buffers if it does not write to them while they are its input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ Tensors = Mapping[str, NDArray[Any]]
 Call = Callable[[Tensors], Mapping[str, NDArray[Any]]]
 
 
-def generate(
+def tokens(
     call: Call, component: dict[str, Any], spec: dict[str, Any], known: Tensors, prompt: Sequence[int]
-) -> list[int]:
-    """The ids that follow `prompt`, without it and without the one that ends the text.
+) -> Iterator[int]:
+    """The ids that follow `prompt` as they are made, without it and without the one that ends the text.
+
+    A beam search makes all of them before the first is given.
 
     call       the compiled decoder: named arrays to named arrays
     component  its ComponentSpec; `max_sizes` of the cache's axis is the most positions that the decoder has
@@ -31,23 +33,40 @@ def generate(
 
     Raises InputError when the prompt leaves no position for an answer.
     """
-    if spec["beams"] == 1:
-        return list(tokens(call, component, spec, known, prompt))
-    return _beam_search(_Decoder(call, component, spec, known), _limit(component, spec, prompt), prompt)
-
-
-def tokens(
-    call: Call, component: dict[str, Any], spec: dict[str, Any], known: Tensors, prompt: Sequence[int]
-) -> Iterator[int]:
-    """The ids of the greedy search as they are made; arguments and errors are those of `generate`."""
-    decoder = _Decoder(call, component, spec, known)
+    decoder, limit = _Decoder(call, component, spec, known), _limit(component, spec, prompt)
+    if spec["beams"] > 1:
+        yield from _beam_search(decoder, limit, prompt)
+        return
     ids = np.array([prompt], np.int64)
-    for step in range(_limit(component, spec, prompt)):
+    for step in range(limit):
         token = int(decoder.suppress(decoder.step(ids).copy(), step).argmax())
         if token in spec["eos"]:
             return
         yield token
         ids = np.array([[token]], np.int64)
+
+
+def generate(
+    call: Call, component: dict[str, Any], spec: dict[str, Any], known: Tensors, prompt: Sequence[int]
+) -> list[int]:
+    """All that `tokens` gives, of the same arguments."""
+    return list(tokens(call, component, spec, known, prompt))
+
+
+def pieces(texts: Iterable[str]) -> Iterator[str]:
+    """A text that grows -> what is new in it, once it will not change: joined, the last of `texts`.
+
+    A word of ASCII is held back until the next begins, as decoders of word pieces join "don" and "'t" late, and so is
+    the sign for bytes that make no letter yet.
+    """
+    given = text = ""
+    for text in texts:
+        end = len(text) if text and not text[-1].isascii() and text[-1] != "\ufffd" else text.rfind(" ")
+        if end > len(given) and text.startswith(given):
+            yield text[len(given) : end]
+            given = text[:end]
+    if text != given:
+        yield text[len(given) :]
 
 
 def _limit(component: dict[str, Any], spec: dict[str, Any], prompt: Sequence[int]) -> int:

@@ -111,7 +111,7 @@ def self_test(bundle: Bundle, where: Path) -> None:
         raise ToolchainError(
             f"the engines of {where} are built on the device, so there is none to install", fix="run device_runner.py"
         )
-    session = Session(bundle.files, bundle.manifest["program"], str(where))
+    session = Session(bundle.files, bundle.manifest["program"], str(where), sha256=bundle.sha256)
     error = golden_error(session, bundle.files, str(where))
     if error > TOLERANCE:
         raise VerdictError(

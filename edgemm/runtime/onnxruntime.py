@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,30 @@ from numpy.typing import NDArray
 from edgemm.errors import InputError, ToolchainError
 
 
-def compile_component(
-    files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]
-) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
-    """Load `component` from its .onnx; the returned call maps named inputs to named outputs.
+class Graph:
+    """A loaded graph, which any number of threads may call at once: named inputs to named outputs."""
 
-    settings   threads; qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
+    def __init__(self, session: Any, component: dict[str, Any], failures: tuple[type[Exception], ...]) -> None:
+        self.session, self.failures, self.name = session, failures, component["name"]
+        self.inputs = {port["name"]: port["dtype"] for port in component["inputs"]}
+        self.outputs = [port["name"] for port in component["outputs"]]
+
+    def __call__(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        try:
+            results = self.session.run(self.outputs, {n: np.asarray(tensors[n], d) for n, d in self.inputs.items()})
+        except self.failures as e:
+            raise InputError(f"{self.name}: ONNX Runtime can't run it: {e}", fix="see what its inputs may be") from e
+        return dict(zip(self.outputs, results, strict=True))
+
+    def another(self) -> Graph:
+        return self
+
+
+def compile_component(files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]) -> Graph:
+    """Load `component` from its .onnx.
+
+    settings   threads; precision: f32 is all that its CPU kernels have
+               qdq: "as written" computes Q and DQ in float, one by one, and fuses none into integer kernels
 
     Raises InputError in ONNX Runtime's words for a graph that it can't load or run.
     """
@@ -24,8 +42,10 @@ def compile_component(
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
     except ImportError as e:
-        raise ToolchainError("ONNX Runtime is not installed", fix="pip install onnxruntime") from e
+        raise ToolchainError("ONNX Runtime is not installed", fix="pip install 'edgemm[onnxruntime]'") from e
     name = component["name"]
+    if (precision := settings.get("precision", "f32")) != "f32":
+        raise InputError(f"precision = {precision}: ONNX Runtime's CPU kernels compute in f32", fix="precision: f32")
     failures = (
         errors.Fail,
         errors.InvalidArgument,
@@ -36,20 +56,11 @@ def compile_component(
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings["threads"]
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads that idle take no core
     if settings.get("qdq") == "as written":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = ort.InferenceSession(files[f"{name}.onnx"], options, providers=["CPUExecutionProvider"])
     except failures as e:
         raise InputError(f"{name}: ONNX Runtime can't load it: {e}", fix="export it again, in FP32") from e
-    inputs = {port["name"]: port["dtype"] for port in component["inputs"]}
-    outputs = [port["name"] for port in component["outputs"]]
-
-    def call(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        try:
-            results = session.run(outputs, {n: np.asarray(tensors[n], dtype) for n, dtype in inputs.items()})
-        except failures as e:
-            raise InputError(f"{name}: ONNX Runtime can't run it: {e}", fix="see what its inputs may be") from e
-        return dict(zip(outputs, results, strict=True))
-
-    return call
+    return Graph(session, component, failures)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemm.errors import InputError, ToolchainError
+from edgemm.runtime import cache
 
 Tensors = Mapping[str, Any]
 
 
-def compile_component(
-    files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]
-) -> Callable[[Tensors], dict[str, Any]]:
-    """Compile `component` from its .xml and .bin; the returned call maps named inputs to named outputs.
+def compile_component(files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]) -> Engine:
+    """Compile `component` from its .xml and .bin.
 
+    component  its inputs' shapes are what it is compiled for
     settings   threads; precision: INFERENCE_PRECISION_HINT of the float parts. Left to itself the CPU
-               plugin picks bf16 where the CPU has it, so it is always set.
-
-    The returned arrays are the component's own buffers, valid until its next call; an array that it is given again
-    is not read again. What the graph keeps from call to call (a decoder's cache) is returned as a Kept.
+               plugin picks bf16 where the CPU has it, so it is always set. cache: keep what was compiled; see cache.py
+               streams: calls that run at the same time, each on its share of the threads
     """
     try:
         import openvino as ov
@@ -30,41 +29,83 @@ def compile_component(
         raise ToolchainError("OpenVINO is not installed", fix="pip install 'edgemm[openvino]'") from e
     core = ov.Core()
     xml, weights = (files[f"{component['name']}.{suffix}"] for suffix in ("xml", "bin"))
-    try:
-        model = core.read_model(xml, ov.Tensor(np.frombuffer(weights, np.uint8)))
-    except RuntimeError as e:
-        what = f"{component['name']}: OpenVINO can't load it: {' '.join(str(e).split())}"[:500]
-        raise InputError(what, fix="run edgemm compress again, or pip install --upgrade openvino") from e
+    shapes = {p["name"]: [axis if isinstance(axis, int) else -1 for axis in p["shape"]] for p in component["inputs"]}
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": settings["precision"],
         "INFERENCE_NUM_THREADS": settings["threads"],
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if model.get_sinks():
+    if settings.get("streams", 1) > 1:
+        # Pinned, the streams of two components would share a core.
+        options |= {"NUM_STREAMS": settings["streams"], "ENABLE_CPU_PINNING": False}
+    if b'type="Assign"' in xml:
         # A decoder's time is that of reading its weights: quantizing one token's activations only costs.
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-    request = core.compile_model(model, "CPU", options).create_infer_request()
-    inputs, outputs = ([port["name"] for port in component[side]] for side in ("inputs", "outputs"))
-    states = {state.name: state for state in request.query_state()}
-    kept = {i: (o, Kept(states[i + o])) for i in inputs for o in outputs if i + o in states}
-    computed = [name for name in outputs if name not in {o for o, _ in kept.values()}]
-    bound: dict[str, tuple[Any, NDArray[Any]]] = {}  # what was given, and the memory that the engine reads
+    key = cache.key_of(xml, weights, sorted(options.items()), sorted(shapes.items()), ov.get_version(), *_device(core))
+    compiled = None
+    if settings.get("cache"):
+        compiled = cache.kept(key, lambda blob: core.import_model(blob, "CPU", options), RuntimeError)
+    if compiled is None:
+        try:
+            model = core.read_model(xml, ov.Tensor(np.frombuffer(weights, np.uint8)))
+        except RuntimeError as e:
+            what = f"{component['name']}: OpenVINO can't load it: {' '.join(str(e).split())}"[:500]
+            raise InputError(what, fix="run edgemm compress again, or pip install --upgrade openvino") from e
+        try:
+            if any(model.input(name).partial_shape != ov.PartialShape(shape) for name, shape in shapes.items()):
+                model.reshape(shapes)
+        except RuntimeError as e:
+            what = f"{component['name']}: its inputs can't be {shapes}: {' '.join(str(e).split())}"[:500]
+            raise InputError(what, fix="run edgemm compress again") from e
+        compiled = core.compile_model(model, "CPU", options)
+        if settings.get("cache"):
+            cache.keep(key, compiled.export_model().getvalue())
+    return Engine(compiled, component, ov.Tensor)
 
-    def call(tensors: Tensors) -> dict[str, Any]:
-        for name in inputs:
+
+def _device(core: Any) -> tuple[str, ...]:
+    """What code for this CPU depends on: its name, and the instructions that the kernel lets it use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return core.get_property("CPU", "FULL_DEVICE_NAME"), ",".join(capabilities), flags
+
+
+class Engine:
+    """One request of a compiled graph: named inputs to named outputs, for one thread at a time.
+
+    The returned arrays are its own buffers, valid until its next call; an array that it is given again is not read
+    again. What the graph keeps from call to call (a decoder's cache) is returned as a Kept.
+    """
+
+    def __init__(self, compiled: Any, component: dict[str, Any], tensor: Any) -> None:
+        self.compiled, self.component, self.tensor = compiled, component, tensor
+        self.request = compiled.create_infer_request()
+        self.inputs, outputs = ([port["name"] for port in component[side]] for side in ("inputs", "outputs"))
+        states = {state.name: state for state in self.request.query_state()}
+        self.kept = {i: (o, Kept(states[i + o])) for i in self.inputs for o in outputs if i + o in states}
+        self.computed = [name for name in outputs if name not in {o for o, _ in self.kept.values()}]
+        self.bound: dict[str, tuple[Any, NDArray[Any]]] = {}  # what was given, and the memory that the engine reads
+
+    def __call__(self, tensors: Tensors) -> dict[str, Any]:
+        for name in self.inputs:
             value = tensors[name]
-            if name in kept:
-                if value is not kept[name][1]:
-                    kept[name][1].state.state = ov.Tensor(np.ascontiguousarray(value))
-            elif name not in bound or value is not bound[name][0]:
+            if name in self.kept:
+                if value is not self.kept[name][1]:
+                    self.kept[name][1].state.state = self.tensor(np.ascontiguousarray(value))
+            elif name not in self.bound or value is not self.bound[name][0]:
                 # A view may be one of this engine's own buffers, which it writes to.
-                bound[name] = value, np.ascontiguousarray(value) if value.base is None else np.array(value, order="C")
-                request.set_tensor(name, ov.Tensor(bound[name][1], shared_memory=True))
-        request.start_async()
-        request.wait()
-        return {name: request.get_tensor(name).data for name in computed} | dict(kept.values())
+                held = np.ascontiguousarray(value) if value.base is None else np.array(value, order="C")
+                self.bound[name] = value, held
+                self.request.set_tensor(name, self.tensor(held, shared_memory=True))
+        self.request.start_async()
+        self.request.wait()
+        computed = {name: self.request.get_tensor(name).data for name in self.computed}
+        return computed | dict(self.kept.values())
 
-    return call
+    def another(self) -> Engine:
+        return Engine(self.compiled, self.component, self.tensor)
 
 
 class Kept:

@@ -19,19 +19,42 @@ Outputs = dict[str, Array]
 ANSWERING = ("labels", "generation", "transcript")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """What a model's encoders made of one medium: `Session.encode` makes it, and `run` takes it for the medium.
+
+    tensors   by name, with the batch axis: embeddings, or what the model joins with other modalities
+    model     what says that it is of the same model
+    """
+
+    modality: str
+    tensors: dict[str, Array]
+    model: str
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One input; what is absent is None. Media are files or their bytes.
+    """One input; what is absent is None. Media are files, their bytes, or encoded already.
 
     boxes    a box [x0,y0,x1,y1] in 0..1000 for each word of `text`
     tensors  inputs that come ready made, by name, without the batch axis
     """
 
-    image: Path | str | bytes | None = None
-    text: str | None = None
-    audio: Path | str | bytes | None = None
+    image: Path | str | bytes | Encoded | None = None
+    text: str | Encoded | None = None
+    audio: Path | str | bytes | Encoded | None = None
     boxes: tuple[tuple[int, int, int, int], ...] | None = None
-    tensors: dict[str, Array] | None = field(default=None, compare=False)
+    tensors: dict[str, Array] | Encoded | None = field(default=None, compare=False)
+
+
+def query_of(row: Mapping[str, Any]) -> Query:
+    """The Query with these fields; InputError for other names, and for media that are no file, bytes or text."""
+    if strays := [str(name) for name in row if name not in Query.__dataclass_fields__]:
+        raise InputError(f"an input has {strays[0]!r}"[:200], fix=f"give {', '.join(Query.__dataclass_fields__)}")
+    for name, kinds in (("image", (Path, str, bytes)), ("text", (str,)), ("audio", (Path, str, bytes))):
+        if not isinstance(row.get(name), (*kinds, Encoded, type(None))):
+            raise InputError(f"{name} is {row[name]!r}"[:200], fix=f"give {' or '.join(k.__name__ for k in kinds)}")
+    return Query(**row)
 
 
 @dataclass(frozen=True, slots=True)

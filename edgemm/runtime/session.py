@@ -1,7 +1,7 @@
 """A compiled model and its pre- and post-processing: what answers on the device.
 
 A model is a dataflow of components joined by tensor names: a component runs as soon as its inputs
-are there, and one whose inputs can't be had (its modality is absent) is not run.
+are there, and one whose inputs can't be had (its modality is absent) is neither run nor loaded.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ import importlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from edgemm.errors import InputError
 from edgemm.plugins import validate
-from edgemm.runtime.audio import audio_to_features
 from edgemm.runtime.bundle import read_bundle
-from edgemm.runtime.generation import generate
-from edgemm.runtime.preprocess import image_to_pixels, read_tokenizer, text_to_tensors
+from edgemm.runtime.component import Compile, components
+from edgemm.runtime.generation import pieces, tokens
+from edgemm.runtime.media import Media
 from edgemm.runtime.program import Generation, Program
-from edgemm.runtime.query import Answer, Array, Call, Outputs, Query, Tensors, answer_of
+from edgemm.runtime.query import Answer, Array, Call, Encoded, Outputs, Query, Tensors, answer_of, query_of
 
 MAX_BATCH = 16
 
 
 class Session:
-    """Runs a model from its files.
+    """Runs a model from its files; any number of threads may use one at a time.
 
     files    name -> bytes: program.json's component files and the tokenizer
     program  program.json; see program.py. Texts are padded where its shapes are fixed
     where    what errors call the model
     compile_component  spec of a component -> its call; by default what the program's backend makes of `files`
+    sha256   of the bundle: sessions of the same one share what is compiled, and it is kept on disk (cache.py)
     """
 
     def __init__(
@@ -42,55 +43,80 @@ class Session:
         files: Mapping[str, bytes],
         program: dict[str, Any],
         where: str,
-        compile_component: Callable[[dict[str, Any]], Call] | None = None,
+        compile_component: Compile | None = None,
+        sha256: str | None = None,
     ) -> None:
         checked = validate(Program, program, f"{where}: program")
+        self.files = files
         self.program = checked.model_dump()
         self.sources = checked.sources()
         self.output = self.program["output"]
         self.needs = checked.output.needs
         self.own = checked.output.own if isinstance(checked.output, Generation) else set()
+        self.model = sha256 or f"{where} {id(self)}"
         if compile_component is None:
             engine = importlib.import_module(f"edgemm.runtime.{self.program['backend']}")
+            settings = self.program["settings"] | {"cache": sha256 is not None}
 
             def compile_component(spec: dict[str, Any]) -> Call:
-                return engine.compile_component(files, spec, self.program["settings"])
+                return engine.compile_component(files, spec, settings)
 
-        self.tokenizer: Tokenizer | None = None
-        if self.program["text"] or "tokenizer" in self.output:
-            self.tokenizer = read_tokenizer(files["tokenizer.json"], "tokenizer.json")
-        self.components = {spec["name"]: (spec, compile_component(spec)) for spec in self.program["components"]}
+        self.components = components(self.program["components"], self.sources, compile_component, sha256)
         self.decoder = self.output["decoder"] if self.output["kind"] == "generation" else None
         self.fixed = {
             (port["name"], axis): size
-            for spec, _ in self.components.values()
-            for port in spec["inputs"]
+            for component in self.components.values()
+            for port in component.spec["inputs"]
             for axis, size in enumerate(port["shape"])
             if isinstance(size, int)
         }
+        self.media = Media(files, self.program, self.sources, self.fixed, self.model)
         self.observe: Callable[[str, Tensors], None] | None = None
 
     def run(
         self,
         *,
-        image: Path | str | bytes | None = None,
-        text: str | None = None,
-        audio: Path | str | bytes | None = None,
+        image: Path | str | bytes | Encoded | None = None,
+        text: str | Encoded | None = None,
+        audio: Path | str | bytes | Encoded | None = None,
         boxes: tuple[tuple[int, int, int, int], ...] | None = None,
-        tensors: dict[str, Array] | None = None,
+        tensors: dict[str, Array] | Encoded | None = None,
     ) -> Answer:
         """Answer one input, of whichever modalities the model takes."""
         return self.answer(Query(image, text, audio, boxes, tensors))
 
-    def run_many(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answer many, in order; each distinct image, text and recording is encoded once."""
-        rows = zip(queries, self._evaluate(queries), strict=True)
+    def run_many(self, queries: Sequence[Query | Mapping[str, Any]]) -> list[Answer]:
+        """Answer many, in order, each a Query or what `run` takes, by name; each distinct medium is encoded once."""
+        asked = [q if isinstance(q, Query) else query_of(q) for q in queries]
+        rows = zip(asked, self._evaluate(asked), strict=True)
         if self.output["kind"] in ("generation", "transcript"):
             return [Answer(self._text_of(q, known), None, {}) for q, known in rows]
         return [answer_of(known, self.output, self.sources) for _, known in rows]
 
     def answer(self, query: Query) -> Answer:
         return self.run_many([query])[0]
+
+    def encode(self, **medium: Any) -> Encoded:
+        """Run the encoders of one `image=`, `text=` or `audio=`, once: `run` and `run_many` take the result for it."""
+        parts = self.media.parts(query_of(medium))
+        if len(parts) != 1:
+            raise InputError(f"{' and '.join(medium)} can't be encoded alone", fix="give one image, text or recording")
+        (((modality, _), make),) = parts.items()
+        return Encoded(modality, self._encoded(make), self.model)
+
+    def stream(
+        self,
+        *,
+        image: Path | str | bytes | Encoded | None = None,
+        text: str | Encoded | None = None,
+        audio: Path | str | bytes | Encoded | None = None,
+    ) -> Iterator[str]:
+        """The text that `run` answers, word by word as it is made; of a beam search, all of it at its end."""
+        if self.decoder is None:
+            raise InputError("the model writes no text token by token", fix="use run, or leave --stream out")
+        query = Query(image, text, audio)
+        (known,) = self._evaluate([query])
+        return pieces(self._texts(query, known))
 
     def outputs(self, queries: Sequence[Query]) -> Outputs:
         """What metrics judge, of all queries in order; edgemm/metrics/__init__.py lists it by output kind."""
@@ -115,42 +141,7 @@ class Session:
 
     def tensors(self, query: Query) -> dict[str, Array]:
         """Pre-process what the query holds. InputError when it holds nothing that the model takes."""
-        return {name: value for part in self._parts(query).values() for name, value in part().items()}
-
-    def _parts(self, query: Query) -> dict[tuple[str, Any], Callable[[], dict[str, Array]]]:
-        """(modality, medium) -> how to pre-process it, for each modality that the query holds."""
-        image, text, audio, tensors = query.image, query.text, query.audio, query.tensors
-        given = {"image": image, "text": text, "audio": audio, "tensors": tensors}
-        for modality, value in given.items():
-            if value is not None and modality not in self.sources:
-                raise InputError(f"the model takes no {modality}", fix=f"it takes {' and '.join(self.sources)}")
-        if all(value is None for value in given.values()):
-            raise InputError("there is nothing to run", fix=f"give {' and '.join(self.sources)}")
-        parts: dict[tuple[str, Any], Callable[[], dict[str, Array]]] = {}
-        if image is not None:
-            parts["image", image] = lambda: self.image_tensors(image)
-        if text is not None and not self.output.get("text_prompt"):
-            parts["text", (text, query.boxes)] = lambda: self.text_tensors(text, query.boxes)
-        if audio is not None:
-            parts["audio", audio] = lambda: audio_to_features(audio, self.program["audio"])
-        if tensors is not None:
-            parts["tensors", id(tensors)] = lambda: self._ready_made(tensors)
-        return parts
-
-    def image_tensors(self, image: Path | str | bytes) -> dict[str, Array]:
-        spec = self.program["image"]
-        return {spec["tensor"]: image_to_pixels(image, spec)}
-
-    def text_tensors(self, text: str, boxes: tuple[tuple[int, int, int, int], ...] | None = None) -> dict[str, Array]:
-        spec = self.program["text"]
-        assert self.tokenizer
-        return text_to_tensors(text, boxes, spec, self.tokenizer, self.fixed.get((spec["ids"], 1), 0))
-
-    def _ready_made(self, tensors: dict[str, Array]) -> dict[str, Array]:
-        wanted = self.sources["tensors"]
-        if wanted != tensors.keys():
-            raise InputError(f"tensors are {', '.join(tensors)}", fix=f"the model takes {', '.join(sorted(wanted))}")
-        return {name: np.asarray(value)[None] for name, value in tensors.items()}
+        return {name: value for part in self.media.parts(query).values() for name, value in part().items()}
 
     def infer(self, tensors: Tensors) -> dict[str, Array]:
         """All tensors that can be computed from `tensors`, by running the components whose inputs are there.
@@ -158,36 +149,40 @@ class Session:
         A decoder that generates is not run: `generate` does that.
         """
         known = dict(tensors)
-        for name, (spec, call) in self.components.items():
-            ready = all(port["name"] in known for port in spec["inputs"])
-            if name != self.decoder and ready and not all(port["name"] in known for port in spec["outputs"]):
+        for name, component in self.components.items():
+            inputs, outputs = ({port["name"] for port in component.spec[side]} for side in ("inputs", "outputs"))
+            if name != self.decoder and inputs <= known.keys() and not outputs <= known.keys():
                 if self.observe:
-                    self.observe(name, {port["name"]: known[port["name"]] for port in spec["inputs"]})
-                known.update({out: value.copy() for out, value in call(known).items()})
+                    self.observe(name, {n: known[n] for n in inputs})
+                known.update(component(known))
         return known
 
-    def generate(self, known: Tensors, prompt_text: str | None = None) -> list[int]:
+    def generate(self, known: Tensors, prompt_text: str | Encoded | None = None) -> list[int]:
         """Token ids that the decoder makes of one sample's tensors, without prompt and end.
 
         prompt_text   what the text begins with, for models that take such a one
         """
-        spec, call = self.components[self.decoder or ""]
-        if {port["name"] for port in spec["inputs"]} - self.own - known.keys():
+        return list(self.tokens(known, prompt_text))
+
+    def tokens(self, known: Tensors, prompt_text: str | Encoded | None = None) -> Iterator[int]:
+        """What `generate` gives, as it is made."""
+        component = self.components[self.decoder or ""]
+        inputs = [port["name"] for port in component.spec["inputs"]]
+        if set(inputs) - self.own - known.keys():
             raise InputError("the model needs more than that", fix=f"give {' and '.join(self.sources)}")
         prompt = list(self.output["prompt"])
-        if prompt_text and self.output["text_prompt"]:
-            assert self.tokenizer
-            prompt += self.tokenizer.encode(prompt_text, add_special_tokens=False).ids
-        if self.observe:
-            plain, observe = call, self.observe
+        if isinstance(prompt_text, str) and self.output["text_prompt"]:
+            prompt += self.media.tokenizer.encode(prompt_text, add_special_tokens=False).ids
+        with component.call() as run:
 
-            def call(tensors: Tensors) -> dict[str, Array]:
-                observe(spec["name"], {port["name"]: np.copy(tensors[port["name"]]) for port in spec["inputs"]})
-                return plain(tensors)
+            def call(tensors: Tensors) -> Mapping[str, Array]:
+                if self.observe:
+                    self.observe(component.spec["name"], {name: np.copy(tensors[name]) for name in inputs})
+                return run(tensors)
 
-        return generate(call, spec, self.output, known, prompt)
+            yield from tokens(call, component.spec, self.output, known, prompt)
 
-    def complete(self, tensors: Tensors, prompt_text: str | None = None) -> Any:
+    def complete(self, tensors: Tensors, prompt_text: str | Encoded | None = None) -> Any:
         """From pre-processed tensors to all that the model computes of them: what a latency measurement times."""
         known = self.infer(tensors)
         return self.generate(known, prompt_text) if self.decoder else known
@@ -199,16 +194,13 @@ class Session:
         """
         if not queries:
             raise InputError("there is nothing to run", fix="give at least one input")
-        parts = [self._parts(q) for q in queries]
+        parts = [self.media.parts(q) for q in queries]
         distinct = {key: make for part in parts for key, make in part.items()}
-        wanted, answer = self._wanted()
-        encoded: dict[tuple[str, Any], dict[str, Array]] = {}
-        for key, make in distinct.items():
-            known = self.infer(make())
-            encoded[key] = {name: value for name, value in known.items() if name in wanted}
+        self.components.load({modality for modality, medium in distinct if not isinstance(medium, Encoded)})
+        encoded = {key: self._encoded(make) for key, make in distinct.items()}
         rows = [{n: v for key in part for n, v in encoded[key].items()} for part in parts]
         batch = min(
-            (self.fixed.get((p["name"], 0), MAX_BATCH) for s, _ in self.components.values() for p in s["inputs"]),
+            (self.fixed.get((p["name"], 0), MAX_BATCH) for c in self.components.values() for p in c.spec["inputs"]),
             default=MAX_BATCH,
         )
         alike: dict[Any, list[int]] = defaultdict(list)
@@ -219,22 +211,23 @@ class Session:
                 chunk = indices[start : start + batch]
                 joined = self.infer({n: np.concatenate([rows[i][n] for i in chunk]) for n in rows[chunk[0]]})
                 for at, i in enumerate(chunk):
-                    rows[i] = {n: v[at : at + 1] for n, v in joined.items() if n in answer}
+                    rows[i] = {n: v[at : at + 1] for n, v in joined.items() if n in self._wanted[1]}
         return rows
 
+    def _encoded(self, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        """What is to be kept of one medium: the tensors that its encoders end with."""
+        return {name: value for name, value in self.infer(make()).items() if name in self._wanted[0]}
+
+    @cached_property
     def _wanted(self) -> tuple[set[str], set[str]]:
         """Tensors that must outlive the encoders, because they join modalities, and those that the answer needs."""
-        answer = set(self.needs)
-        origin = {name: {modality} for modality, names in self.sources.items() for name in names}
-        joining: set[str] = set()
-        for name, (spec, _) in self.components.items():
-            inputs = [port["name"] for port in spec["inputs"]]
-            from_ = set().union(*(origin.get(n, set()) for n in inputs))
+        answer, joining = set(self.needs), set()
+        for name, component in self.components.items():
+            inputs = {port["name"] for port in component.spec["inputs"]}
             if name == self.decoder:
-                answer |= set(inputs)
-            elif len(from_) > 1:
-                joining |= set(inputs)
-            origin |= {port["name"]: from_ for port in spec["outputs"]}
+                answer |= inputs
+            elif len(self.components.origins[name]) > 1:
+                joining |= inputs
         return joining | answer, answer
 
     def _text_of(self, query: Query, known: Tensors) -> str:
@@ -244,8 +237,17 @@ class Session:
             ids = kept[kept != self.output["blank"]].tolist()
         else:
             ids = self.generate(known, query.text)
-        assert self.tokenizer
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return self._written(query, ids)
+
+    def _texts(self, query: Query, known: Tensors) -> Iterator[str]:
+        """The answer after each token."""
+        ids: list[int] = []
+        for token in self.tokens(known, query.text):
+            ids.append(token)
+            yield self._written(query, ids)
+
+    def _written(self, query: Query, ids: list[int]) -> str:
+        text = str(self.media.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return f"{query.text} {text}".strip() if query.text and self.output.get("text_prompt") else text
 
 
@@ -280,9 +282,9 @@ def open_directory(path: Path, **changes: Any) -> Session:
 
 
 def load_bundle(path: Path | str, *, require_signature: Path | str | None = None) -> Session:
-    """Check a bundle, every byte of it, and compile it for this device.
+    """Check a bundle, every byte of it -> a session, which compiles what it needs for this device when it needs it.
 
     require_signature  PEM file of the public key or certificates that it must be signed for; see signature.py
     """
     bundle = read_bundle(Path(path), None if require_signature is None else Path(require_signature))
-    return Session(bundle.files, bundle.manifest["program"], str(path))
+    return Session(bundle.files, bundle.manifest["program"], str(path), sha256=bundle.sha256)

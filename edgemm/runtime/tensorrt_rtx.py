@@ -20,7 +20,7 @@ def library() -> ModuleType:
 
 def compile_component(
     files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]
-) -> _tensorrt.Call:
+) -> _tensorrt.Engine:
     """Load `component` from its engine; `settings` are built into that."""
     del settings
     return _tensorrt.load(library(), files, component, _tensorrt.Cuda())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.bom import bill_of_materials
 from edgemm.report.schema import TargetReport
+from edgemm.runtime.archive import sparse
 from edgemm.runtime.bundle import write_bundle
 from edgemm.runtime.query import Array
 from edgemm.runtime.session import Session, open_directory
@@ -82,7 +84,7 @@ def package(
             "target": target.name,
             "program": program,
             "certificate": certificate,
-            "provenance": provenance,
+            "provenance": provenance | {"versions": provenance["versions"] | deflater(files)},
         }
         files["bom.cdx.json"] = bill_of_materials(manifest, files)
         (out / "model.edgemm").write_bytes(write_bundle(manifest, files))
@@ -92,9 +94,14 @@ def package(
         "bundle",
         runs,
         parents=[engine, source],
-        config={"certificate": certificate, "provenance": provenance},
+        config={"certificate": certificate, "provenance": provenance, "zlib": zlib.ZLIB_RUNTIME_VERSION},
         make=make,
     )
+
+
+def deflater(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The version of zlib, where a bundle of these files has bytes that it makes: who rebuilds it needs the same."""
+    return {"zlib": zlib.ZLIB_RUNTIME_VERSION} if any(sparse(content) for content in files.values()) else {}
 
 
 def golden(samples: list[Sample], session: Session) -> dict[str, bytes]:

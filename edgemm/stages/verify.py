@@ -31,7 +31,7 @@ from edgemm.report.schema import (
     TargetReport,
 )
 from edgemm.runtime import measure
-from edgemm.runtime.query import Query, Tensors
+from edgemm.runtime.query import Encoded, Query, Tensors
 from edgemm.runtime.session import Session, open_directory
 from edgemm.target import Target
 from edgemm.verdict import accuracy_gates, budget_gates, worst
@@ -145,7 +145,7 @@ def time_pair(
 def time_components(
     fp32: Session,
     compressed: Session,
-    inputs: Sequence[tuple[int, tuple[Tensors, str | None], tuple[Tensors, str | None]]],
+    inputs: Sequence[tuple[int, tuple[Tensors, str | Encoded | None], tuple[Tensors, str | Encoded | None]]],
     recipe: Recipe,
 ) -> tuple[ComponentLatency, ...]:
     """Each component alone, on what it meets in its own model; a decoder over a whole text, by the token."""
@@ -171,7 +171,7 @@ def time_components(
 
 
 def alone(
-    session: Session, rows: Sequence[tuple[Tensors, str | None]]
+    session: Session, rows: Sequence[tuple[Tensors, str | Encoded | None]]
 ) -> dict[str, list[tuple[Callable[[], object], int]]]:
     """What to call to run a component on what it meets in each row, and how many times that runs it."""
     calls: dict[str, list[tuple[Callable[[], object], int]]] = defaultdict(list)
@@ -182,14 +182,16 @@ def alone(
         session.observe = None
         for name, given in met:
             if name != session.decoder:
-                calls[name].append((partial(session.components[name][1], given), 1))
+                calls[name].append((partial(session.components[name], given), 1))
         if session.decoder:
             steps = sum(name == session.decoder for name, _ in met)
             calls[session.decoder].append((partial(session.generate, session.infer(tensors), text), steps))
     return calls
 
 
-def torch_p50_ms(source: Artifact, inputs: Sequence[tuple[Tensors, str | None]], threads: int) -> float | None:
+def torch_p50_ms(
+    source: Artifact, inputs: Sequence[tuple[Tensors, str | Encoded | None]], threads: int
+) -> float | None:
     """Median of the FP32 model in torch, one input at a time; None for a model that came as a graph."""
     import torch
 

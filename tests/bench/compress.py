@@ -153,16 +153,16 @@ def profile(name: str, engine: Artifact) -> None:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2, "PERF_COUNT": True}
     spent: dict[tuple[str, str, str], float] = defaultdict(float)
     requests = {
-        c["name"]: core.compile_model(engine.path / f"{c['name']}.xml", "CPU", settings).create_infer_request()
-        for c, _ in session.components.values()
+        name: core.compile_model(engine.path / f"{name}.xml", "CPU", settings).create_infer_request()
+        for name in session.components
     }
     for sample in samples:
         known = session.infer(session.tensors(sample.query))
-        for component, _ in session.components.values():
-            request = requests[component["name"]]
-            request.infer({port["name"]: known[port["name"]] for port in component["inputs"]})
+        for part, component in session.components.items():
+            request = requests[part]
+            request.infer({port["name"]: known[port["name"]] for port in component.spec["inputs"]})
             for row in request.profiling_info:
-                key = (component["name"], row.node_type, row.exec_type)
+                key = (part, row.node_type, row.exec_type)
                 spent[key] += row.real_time.total_seconds() * 1e3 / len(samples)
     rows = sorted(((*key, f"{ms:.3f}") for key, ms in spent.items() if ms > 0.01), key=lambda r: -float(r[3]))
     console.table(f"{name}: {sum(spent.values()):.2f} ms", ("component", "layer", "kernel", "ms"), rows)

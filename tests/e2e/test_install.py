@@ -25,6 +25,14 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "env" / "bin"
 
 
+def size_bytes(device: Path) -> int:
+    """Of what pip installed, without itself and what a new environment has."""
+    (site,) = device.parent.glob("lib/python3*/site-packages")
+    own = ("pip", "setuptools", "pkg_resources", "_distutils_hack")
+    parts = [p for p in site.iterdir() if not p.name.startswith(own)]
+    return sum(f.stat().st_size for p in parts for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+
+
 def run(device: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([device / "edgemm", *arguments], capture_output=True, text=True, cwd=cwd, check=False)
 
@@ -51,3 +59,12 @@ def test_a_bundle_answers(device: Path, bundle: Path, tmp_path: Path) -> None:
     done = run(device, "run", str(bundle), "--image", str(sample.image), "--text", sample.text, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == sample.label
+
+
+def test_it_takes_under_300_mb_without_what_a_cpu_never_loads(device: Path, bundle: Path, tmp_path: Path) -> None:
+    """By the README's command; the bundle still answers."""
+    (command,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    rm -f ")]
+    (libs,) = device.parent.glob("lib/python3*/site-packages/openvino/libs")
+    subprocess.run(["bash", "-c", command], check=True, cwd=libs)
+    assert size_bytes(device) < 300e6
+    test_a_bundle_answers(device, bundle, tmp_path)

@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+import urllib3
 
+from edgemm import load_bundle
 from edgemm.data.easy_vqa import samples
 from edgemm.errors import EdgemmError
 from edgemm.report.schema import Report
+from edgemm.runtime.query import Query
+from tests.serving import serving
 
 
 def test_the_report_is_whole(report: dict[str, Any]) -> None:
@@ -120,3 +128,31 @@ def test_the_public_api_is_the_command_line(bundle: Path) -> None:
     assert edgemm.load_bundle(bundle).run(image=sample.image, text=sample.text).answer == sample.label
     with pytest.raises(EdgemmError, match="cannot read"):
         edgemm.load_bundle(bundle.with_name("absent.edgemm"))
+
+
+def test_the_server_gives_what_run_gives(bundle: Path) -> None:
+    """Triton's clients, many at once so that rows share batches; files as well. To 1/200 of the largest logit."""
+    session = load_bundle(bundle)
+    asked = [s for s in samples("test") if len(s.text) > 25][:24]
+    tensors = [session.tensors(Query(s.image, s.text)) for s in asked]
+    expected = [session.run(image=s.image, text=s.text) for s in asked]
+    kinds = {"float32": "FP32", "int64": "INT64"}
+    with serving(bundle, "--cache-mb", "0", "--max-batch-size", "4") as server:
+
+        def infer(i: int) -> Any:
+            client_of = triton_http if i % 2 else triton_grpc
+            with client_of.InferenceServerClient(server.http if i % 2 else server.grpc) as client:
+                inputs = [client_of.InferInput(n, list(v.shape), kinds[v.dtype.name]) for n, v in tensors[i].items()]
+                for tensor, value in zip(inputs, tensors[i].values(), strict=True):
+                    tensor.set_data_from_numpy(value)
+                return client.infer("reasoner", inputs).as_numpy("logits")[0]
+
+        def answer(i: int) -> Any:
+            files = {"image": ("image", asked[i].image.read_bytes()), "text": asked[i].text}
+            return urllib3.request("POST", f"http://{server.http}/v1/answer", fields=files).json()
+
+        with ThreadPoolExecutor(16) as pool:
+            logits, answers = list(pool.map(infer, range(24))), list(pool.map(answer, range(24)))
+    for one, got, wanted in zip(logits, answers, expected, strict=True):
+        assert np.abs(one - wanted.outputs["logits"]).max() < 5e-3 * np.abs(wanted.outputs["logits"]).max()
+        assert got["answer"] == wanted.answer and got["probability"] == pytest.approx(wanted.probability, abs=1e-2)

@@ -33,20 +33,20 @@ RUNS_OF_A_CHECK = 8
 SECONDS = {False: 8e-4, True: 2e-4}  # of one execution, in INT8 or not
 
 
-class Clock:
+class _Clock:
     """time.perf_counter of a process in which only executions take time: what is faster is no matter of the host."""
 
     def __init__(self) -> None:
         self._now = 0.0
 
-    def spend(self, seconds: float) -> None:
+    def _spend(self, seconds: float) -> None:
         self._now += seconds
 
     def __call__(self) -> float:
         return self._now
 
 
-CLOCK = time.perf_counter = Clock()
+CLOCK = time.perf_counter = _Clock()
 
 
 def read_contract() -> dict[str, set[str]]:
@@ -379,7 +379,7 @@ class IExecutionContext:
             if misbehaves("nan", self._engine._bytes):
                 value = np.full_like(value, np.nan)
             DRIVER.write(self._addresses[output.name], np.ascontiguousarray(value).tobytes())
-        CLOCK.spend(
+        CLOCK._spend(
             2e-3 if misbehaves("slow", self._engine._bytes) else SECONDS[b"DequantizeLinear" in self._engine._bytes]
         )
         return True

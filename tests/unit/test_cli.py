@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import edgemm
-from edgemm import plugins
+from edgemm import console, plugins
 from edgemm.cli import build_app
 from edgemm.recipe import load_recipe, shipped_files
 from edgemm.runtime.archive import HEX_DIGITS
@@ -62,6 +62,12 @@ def test_bytes_that_are_no_utf8_in_an_argument_are_a_user_error() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "\n  fix: " in done.stderr
+
+
+def test_tables_show_what_stands_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("t [a]", ("b [c]", "d"), [("pip install 'edgemm[audio]'", "[1, 2]")])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("t [a]", "b [c]", "edgemm[audio]", "[1, 2]"))
 
 
 @pytest.mark.parametrize("folder", GROUPS)

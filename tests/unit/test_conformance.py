@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from edgemm.errors import InputError
 from edgemm.report.bom import bill_of_materials
 from edgemm.runtime.bundle import Bundle, read_bundle, write_bundle
 from edgemm.runtime.session import load_bundle
-from edgemm.stages.package import array_bytes
+from edgemm.stages.package import array_bytes, deflater
 from tests import devices
 from tests.bundles import key_pair, signed, tiny_bundle
 
@@ -200,6 +201,20 @@ def test_there_is_a_golden_bundle_of_every_schema() -> None:
     from edgemm.runtime.bundle import SCHEMA
 
     assert [p.stem for p in sorted(GOLDEN.glob("*.edgemm"))] == [f"schema-{n}" for n in range(1, SCHEMA + 1)]
+
+
+def test_zlib_is_named_where_it_makes_bytes_of_the_bundle(whole: Bundle, tmp_path: Path) -> None:
+    """`check.npz` is deflated, and another zlib may make other bytes of it."""
+    assert "check.npz" in whole.deflated
+    assert deflater(whole.files) == {"zlib": zlib.ZLIB_RUNTIME_VERSION}
+    assert deflater({n: c for n, c in whole.files.items() if n not in whole.deflated}) == {}
+    provenance = whole.manifest["provenance"]
+    named = provenance | {"versions": provenance["versions"] | deflater(whole.files)}
+    files = {n: c for n, c in whole.files.items() if n != "bom.cdx.json"}
+    bom = bill_of_materials({**whole.manifest, "provenance": named}, files)
+    assert f"pkg:generic/zlib@{zlib.ZLIB_RUNTIME_VERSION}" in bom.decode()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.decode()) is None
+    assert broken(tmp_path, whole, {"bom.cdx.json": bom}, provenance=named) == {}
 
 
 def test_a_bundle_from_before_there_were_versions_is_version_1(whole: Bundle, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_references_are_what_the_fp32_graph_met_and_made(packed: Artifact, tmp_p
     assert len(cases) == 8
     for inputs, outputs in cases:
         assert inputs["h"].shape == (1, 32) and inputs["h"].dtype == np.float32
-        np.testing.assert_allclose(session.components["head"][1](inputs)["logits"], outputs["logits"], rtol=1e-6)
+        np.testing.assert_allclose(session.components["head"](inputs)["logits"], outputs["logits"], rtol=1e-6)
 
 
 def test_the_same_bundle_twice_is_the_same_to_the_byte(tmp_path: Path) -> None:

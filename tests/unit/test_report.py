@@ -233,13 +233,13 @@ def test_both_reports_say_what_the_search_for_int8_chose() -> None:
         "wanted_db": 30,
         "sqnr_db": 31.25,
         "smooth_quant": -1,
-        "ranges": "histogram",
+        "ranges": "mse",
         "keep_float": ["node_7"],
-        "trials": [{"smooth_quant": -1, "ranges": "histogram", "sqnr_db": 28}],
+        "trials": [{"smooth_quant": -1, "ranges": "mse", "sqnr_db": 28}],
         "sensitivity": [{"name": "node_7", "gain_db": 3.5}, {"name": "node_9", "gain_db": 0.1}],
     }
     made = report(target(tuning=[found]))
-    assert "| text_encoder | 31.2 | 30.0 | off | histogram | node_7 |" in markdown.render(made).replace("\\", "")
+    assert "| text_encoder | 31.2 | 30.0 | off | mse | node_7 |" in markdown.render(made).replace("\\", "")
     page = html.render(made)
     assert "Most sensitive to INT8: text_encoder node_7 3.50 dB, text_encoder node_9 0.10 dB" in page
     assert "Sensitivity to INT8" not in html.render(report(target()))

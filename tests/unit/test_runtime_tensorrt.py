@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime import _tensorrt, tensorrt_rtx
+from edgemm.runtime.component import Component
 
 FILES = {"twice.fp16.engine": b"an engine"}
 COMPONENT = {
@@ -29,8 +32,13 @@ class Memory:
     def __init__(self) -> None:
         self.blocks: dict[int, Any] = {}
         self.waited = 0
+        self.threads: set[int] = set()
+
+    def use(self) -> None:
+        self.threads.add(threading.get_ident())
 
     def allocate(self, size_bytes: int) -> int:
+        assert threading.get_ident() in self.threads, "CUDA has a context for each thread"
         block = ctypes.create_string_buffer(size_bytes)
         self.blocks[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
@@ -103,6 +111,22 @@ def test_inputs_go_in_and_outputs_come_back_for_growing_and_shrinking_batches() 
     for got, expected in kept:  # an output is the caller's own, not overwritten by the next call
         np.testing.assert_array_equal(got, expected)
     assert len(memory.blocks) == 2
+
+
+def test_each_thread_has_an_execution_context_and_the_cuda_context() -> None:
+    memory, library, contexts = Memory(), fake(Context()), []
+
+    def load(spec: dict[str, Any]) -> _tensorrt.Engine:
+        loaded = _tensorrt.load(library, FILES, spec, memory)  # type: ignore[arg-type]
+        loaded.engine.create_execution_context = lambda: contexts.append(Context()) or contexts[-1]
+        return loaded
+
+    component = Component(COMPONENT, load)
+    xs = [np.full((1 + i % 4, 3), i, np.float32) for i in range(64)]
+    with component.call(), component.call(), ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda x: component({"x": x})["y"], xs))
+    assert all(np.array_equal(y, 2 * x) for x, y in zip(xs, made, strict=True))
+    assert 2 <= len(contexts) <= 5
 
 
 def test_what_is_no_array_in_a_row_is_made_one() -> None:

@@ -23,6 +23,7 @@ from edgemm.graph.timing import layer_graph
 from edgemm.models import find_family, read_model, reasoner
 from edgemm.models._calibration import Calibration
 from edgemm.models._hidden_units import hidden_units
+from edgemm.models._key_tokens import left
 from edgemm.pruners import widths
 from edgemm.recipe import Recipe, load_recipe
 from edgemm.runtime.session import Query
@@ -30,6 +31,7 @@ from edgemm.search import Choice, knapsack, levels, options, search
 from edgemm.stages.load import load
 from edgemm.stages.prune import prune
 from edgemm.target import Target
+from tests import checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOX = Target(name="box", backend="openvino", threads=1)
@@ -137,12 +139,12 @@ def recipe(tiny_model: Path) -> Recipe:
     return Recipe.model_validate({"name": "x", **values, "search": {"use": "latency", "speedup": 1.05}})
 
 
-def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latencies of which no clock decides, of a model that takes 40: a head takes 1, a unit 0.1."""
+def fixed(monkeypatch: pytest.MonkeyPatch, model: float = 40) -> None:
+    """Latencies of which no clock decides: of a `model` that takes so long, a head takes 1 and a unit 0.1."""
 
     def measured(layers: Any, threads: int, whole: Any) -> dict[Any, float]:
         assert whole()
-        return {(s, w): w * (1.0 if s[0] == "attention" else 0.1) / 40 for s, row in layers for w in row}
+        return {(s, w): w * (1.0 if s[0] == "attention" else 0.1) / model for s, row in layers for w in row}
 
     monkeypatch.setattr(searching, "measure", measured)
 
@@ -188,6 +190,37 @@ def test_latencies_are_measured_once(recipe: Recipe, tmp_path: Path, monkeypatch
     with pytest.raises(VerdictError, match="speedup = 100"):
         more = recipe.model_copy(update={"search": recipe.search.model_copy(update={"speedup": 100.0})})
         search(source, more, BOX, tmp_path)
+
+
+def test_image_tokens_leave_where_that_saves_most(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers together are a tenth of the time, and half of the tokens is half of it."""
+    fixed(monkeypatch, model=400)
+    monkeypatch.setattr(searching, "TOKENS", (2,))
+    monkeypatch.setattr(searching, "timed", lambda calls: (1.0, 0.5))
+    source = load(recipe, tmp_path)
+    asked = recipe.search.model_copy(update={"speedup": 1.9, "key_tokens": True})
+    found = search(source, recipe.model_copy(update={"search": asked}), BOX, tmp_path)
+    whole = reasoner.token_layers(read_model(reasoner, Path(recipe.model)))[0].tokens
+    assert [(p.use, p.values["keep"]) for p in found.prune] == [("key_tokens", whole // 2)]
+    artifact = prune(source, found, tmp_path)
+    assert left(reasoner.token_layers(read_model(reasoner, artifact.path / "model"))) == whole // 2
+    with pytest.raises(VerdictError, match=r"speedup = 3: on box the narrowest layers give 2\.\d\dx"):
+        asked = recipe.search.model_copy(update={"speedup": 3.0, "key_tokens": True})
+        search(source, recipe.model_copy(update={"search": asked}), BOX, tmp_path)
+
+
+def test_a_model_without_image_tokens_has_none_to_choose(tmp_path: Path) -> None:
+    directory = checkpoints.write("bert", tmp_path / "bert")
+    values = {
+        "model": str(directory),
+        "data": "random:4",
+        "search": {"use": "latency", "speedup": 2, "key_tokens": True},
+    }
+    recipe = Recipe.model_validate({"name": "x", **values})
+    with pytest.raises(InputError, match="no image tokens can leave this bert"):
+        search(load(recipe, tmp_path), recipe, BOX, tmp_path)
 
 
 def test_without_search_the_recipe_stays(recipe: Recipe, tmp_path: Path) -> None:

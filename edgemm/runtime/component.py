@@ -1,0 +1,108 @@
+"""One graph of a model: compiled when it is first needed, and once for all sessions and threads that run it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
+
+from edgemm.runtime.query import Array, Call, Tensors
+
+Compile = Callable[[dict[str, Any]], Call]
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A call that is one of several over the same compiled graph; only one thread at a time may be in each of them."""
+
+    def another(self) -> Call: ...
+
+
+class Component:
+    """One entry of program.json's `components`, with what runs it.
+
+    spec       the entry
+    compile_   makes a call of it, when it is first run, and again for each thread more where that is not Shared
+    """
+
+    def __init__(self, spec: dict[str, Any], compile_: Compile) -> None:
+        self.spec = spec
+        self._compile = compile_
+        self._first: Call | None = None
+        self._idle: list[Call] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, tensors: Tensors) -> dict[str, Array]:
+        """Run it, from any thread -> its outputs, which are the caller's own."""
+        with self.call() as run:
+            return {name: value.copy() for name, value in run(tensors).items()}
+
+    @contextmanager
+    def call(self) -> Iterator[Call]:
+        """A call for this thread alone: what it returns is its own memory, valid until it is called again."""
+        run = self._take()
+        try:
+            yield run
+        finally:
+            with self._lock:
+                self._idle.append(run)
+
+    def load(self) -> None:
+        """Compile it, if that was not done yet."""
+        with self.call():
+            pass
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it was compiled yet."""
+        return self._first is not None
+
+    def _take(self) -> Call:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            if isinstance(self._first, Shared):
+                return self._first.another()
+            self._first = self._compile(self.spec)
+            return self._first
+
+
+class Components(dict[str, Component]):
+    """The components of a model by name, in the order they run; `origins`: the modalities of each one's inputs.
+
+    sources   modality -> the tensors that its pre-processing makes
+    """
+
+    def __init__(self, specs: Sequence[dict[str, Any]], sources: Mapping[str, set[str]], compile_: Compile) -> None:
+        super().__init__((spec["name"], Component(spec, compile_)) for spec in specs)
+        self.origins: dict[str, set[str]] = {}
+        of = {tensor: {modality} for modality, tensors in sources.items() for tensor in tensors}
+        for spec in specs:
+            found = set().union(*(of.get(port["name"], set()) for port in spec["inputs"]))
+            self.origins[spec["name"]] = found
+            of |= {port["name"]: found for port in spec["outputs"]}
+
+    def load(self, modalities: set[str]) -> None:
+        """Compile what runs when these are there, side by side."""
+        needed = [c for name, c in self.items() if self.origins[name] <= modalities and not c.loaded]
+        if len(needed) > 1:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(Component.load, needed))
+
+
+_LOADED: WeakValueDictionary[str, Components] = WeakValueDictionary()
+_LOCK = threading.Lock()
+
+
+def components(
+    specs: Sequence[dict[str, Any]], sources: Mapping[str, set[str]], compile_: Compile, sha256: str | None
+) -> Components:
+    """Those of a model; those that a living session has already, where `sha256` is that of the same bundle."""
+    made = Components(specs, sources, compile_)
+    if sha256 is None:
+        return made
+    with _LOCK:
+        return _LOADED.setdefault(sha256, made)
