@@ -53,6 +53,12 @@ def verify_device(path: Path, report: Path) -> TargetReport:
             fix="run device_runner.py on this very bundle",
         )
     spec = json.loads(bundle.files["device/spec.json"])
+    if int(measured.hardware.compute_capability.replace(".", "")) not in spec["sm"]:
+        raise InputError(
+            f"{report} is of compute capability {measured.hardware.compute_capability}, and the bundle is for sm "
+            f"{', '.join(map(str, spec['sm']))}",
+            fix="run device_runner.py on the device that the bundle was made for",
+        )
     if [c.name for c in measured.components] != list(spec["components"]):
         raise InputError(f"{report} has not the components {', '.join(spec['components'])}", fix=HAND_MADE)
     recipe, target = origin(bundle, path)

@@ -18,10 +18,11 @@ class Row:
 
 
 def count(model: Any, layers: Sequence[Row] | None) -> dict[str, int | str]:
-    """Of the graph `model`: products with Q/DQ and attention blocks; of those, how many the engine runs so.
+    """Of the graph `model`: products that INT8 is for, and attention blocks; of those, how many the engine runs so.
 
-    gemms            products whose weights come from a DequantizeLinear
-    int8_gemms       those of them that read INT8 inputs and INT8 weights, or INT8 weights alone where only
+    gemms            products with constant weights, K and N of 16 and more
+    quantized_gemms  those of them whose weights come from a DequantizeLinear
+    int8_gemms       those of them that the engine gives INT8 inputs and INT8 weights, or INT8 weights alone where only
                      the weights are quantized
     attention        softmaxes between two products
     fused_attention  those of them that are one layer with both products
@@ -30,12 +31,14 @@ def count(model: Any, layers: Sequence[Row] | None) -> dict[str, int | str]:
     """
     from edgemm.graph import View
     from edgemm.graph.lower import kept_in_float32
+    from edgemm.graph.qdq import products
 
     view = View(model)
     wanted = {n.name: _reads_int8(n, view) for n in model.graph.node if _weights_are_int8(n, view)}
     blocks = [b for n in model.graph.node if n.op_type == "Softmax" and (b := _block(n, view))]
     found: dict[str, int | str] = {
-        "gemms": len(wanted),
+        "gemms": len(wanted) + len(products(model)),
+        "quantized_gemms": len(wanted),
         "attention": len(blocks),
         "float32_nodes": len(kept_in_float32(model)),
     }

@@ -16,7 +16,7 @@ no engine); HARDWARE.timing, TensorRT's timing cache. Latency is host to host: c
 Device memory: one cuMemAlloc a tensor, grown to the largest shape met; activations are TensorRT's own allocation.
 
 Exit codes: 0 every component has an engine that passes and the limits hold, 2 the bundle or a path is wrong,
-3 TensorRT or CUDA is absent, 4 no engine of a component passes or a limit is missed.
+3 TensorRT or CUDA is absent, or this is another GPU, 4 no engine of a component passes or a limit is missed.
 """
 
 from __future__ import annotations
@@ -510,6 +510,10 @@ class Run:
         self.bundle, self.folder = bundle, folder
         self.trt, self.cuda = import_tensorrt(), Cuda()
         self.hardware = hardware_of(self.trt, self.cuda)
+        has, wanted = self.cuda.capability, [f"{sm // 10}.{sm % 10}" for sm in bundle.spec["sm"]]
+        if has not in wanted:
+            what = f"this device has compute capability {has}, and the bundle is for {', '.join(wanted)}"
+            raise Refused(3, what, "run it on the device that it was made for, or compress for a target with this sm")
         self.cache = Cache(folder, bundle, self.hardware)
         self.built: set[tuple[str, str]] = set()  # in this run
         self.failed: dict[tuple[str, str], Unfit] = {}

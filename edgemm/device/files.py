@@ -4,8 +4,8 @@ device/spec.json       for each component: `profiles`; `candidates`, each with i
                        measured on it against the FP32 graph and the SQNR that the engine must reach, dB; `ranges`,
                        the calibrated [low, high] of each tensor that is quantized. For the whole: `gates`, `rounds`
                        of timing, `decoder` (its name, or null), `fp32_bytes` of the unquantized graphs,
-                       `workspace_mb` (MiB of scratch memory a layer may take), `sparsity` and `power_mode` of the
-                       target
+                       `sm`, `workspace_mb` (MiB of scratch memory a layer may take), `sparsity` and `power_mode` of
+                       the target
 device/reference.npz   <component>/<i>/in/<tensor>, <component>/<i>/out/<tensor>: what the FP32 graph met and made
 device/trtexec.sh      the same builds with NVIDIA's own tool
 device_runner.py       builds, checks and measures; see device/device_runner.py
@@ -55,16 +55,16 @@ def device_files(
     program = engine.json("program.json")
     session = open_directory(graph.path)
     cases = reference_cases(session, program["profiles"], samples)
-    facts = target.model_dump(mode="json")
     spec = {
         "schema": 1,
         "components": {
             component["name"]: component_spec(engine.path, component, program, cases[component["name"]])
             for component in program["components"]
         },
-        "workspace_mb": facts.get("memory_mb"),
-        "sparsity": facts.get("sparsity"),
-        "power_mode": facts.get("power_mode"),
+        "sm": target.sm,
+        "workspace_mb": target.memory_mb,
+        "sparsity": target.sparsity,
+        "power_mode": target.power_mode,
         "gates": {"max_p50_ms": target.budgets.max_p50_ms, "max_peak_mb": target.budgets.max_peak_mb},
         "rounds": recipe.verify.rounds,
         "decoder": session.decoder,

@@ -98,7 +98,7 @@ def to_half(model: onnx.ModelProto, largest: Mapping[str, float]) -> tuple[onnx.
 def fits(node: onnx.NodeProto, view: View, largest: Mapping[str, float]) -> bool:
     """Whether all that goes in and out of a node has float16's range."""
     for name in (*node.input, *node.output):
-        if largest.get(name.removesuffix("/dequantized"), 0.0) > LIMIT:
+        if largest.get(name.removesuffix("/dequantized").removesuffix("/centered"), 0.0) > LIMIT:
             return False
         value = view.value(name)
         if value is not None and value.dtype == np.float32 and not _fits(value, node):

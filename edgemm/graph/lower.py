@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgemm.graph import half, qdq
+from edgemm.graph.masks import spell_out_masks
 from edgemm.graph.ranges import largest
 
 KEPT = "edgemm.float32_nodes"  # metadata of a lowered graph
@@ -25,11 +26,11 @@ def lower(
     samples    inputs of the component as the FP32 model meets them on calibration data
     opset_max  newest opset of the target's parser
     """
-    plain = half.prepare(model, opset_max, where)
+    plain = spell_out_masks(half.prepare(model, opset_max, where))
     lowered = {"fp16": _halved(plain, largest(plain, samples))}
     if quantized is not None:
-        calibrated = qdq.strip(quantized)
-        prepared = half.prepare(calibrated.model, opset_max, where)
+        calibrated = qdq.strip(quantized, model)
+        prepared = spell_out_masks(half.prepare(calibrated.model, opset_max, where))
         found = largest(prepared, samples)
         placed, _ = qdq.place(prepared, calibrated.ranges, found, calibrated.weights)
         lowered["int8"] = _halved(placed, found)

@@ -26,34 +26,46 @@ SMALLEST_SCALE = np.float16(2**-20)  # still 16 steps above zero in float16
 MOVES = {"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity", "Split", "Expand", "Flatten"}
 
 
+OFF_CENTRE = 0.03  # of half a range: how far its middle is from zero, from which INT8 is spent around the middle
+CENTERED = "/centered"
+Range = tuple[float, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Calibrated:
     """What a quantizer found, without its Q/DQ.
 
     model    the float graph, smoothed and with corrected biases
-    ranges   magnitude that each quantized activation's scale covers, by tensor; empty where only weights are INT8
+    ranges   lowest and highest value that each quantized activation's scale covers, by tensor; empty where only
+             weights are INT8
     weights  names of the constants that were INT8
     """
 
     model: onnx.ModelProto
-    ranges: dict[str, float]
+    ranges: dict[str, Range]
     weights: frozenset[str]
 
 
-def strip(quantized: onnx.ModelProto) -> Calibrated:
-    """Take every Q/DQ pair out of a graph and keep the ranges; INT8 weights become float again."""
+def strip(quantized: onnx.ModelProto, floats: onnx.ModelProto) -> Calibrated:
+    """Take every Q/DQ pair out of a graph and keep the ranges; INT8 weights become float again.
+
+    floats   the graph before quantizing: weights that were only rounded are taken from it, so that they are not
+             rounded twice; smoothed ones are what INT8 left of them
+    """
     model = onnx.ModelProto()
     model.CopyFrom(quantized)
-    view = View(model)
+    view, before = View(model), View(floats)
+    nodes = {node.name: node for node in floats.graph.node}
     renamed: dict[str, str] = {}
-    ranges: dict[str, float] = {}
+    ranges: dict[str, Range] = {}
     weights: set[str] = set()
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear":
             continue
         quantize = view.made.get(node.input[0])
         if quantize is None:
-            weight = numpy_helper.from_array(_dequantized(node, view), node.output[0])
+            value = _unrounded(node, view, nodes, before)
+            weight = numpy_helper.from_array(value, node.output[0])
             model.graph.initializer.append(weight)
             weights.add(weight.name)
             node.op_type = "Dead"
@@ -61,7 +73,9 @@ def strip(quantized: onnx.ModelProto) -> Calibrated:
             source = quantize.input[0]
             renamed[node.output[0]] = source
             if source not in view.constants:
-                ranges[source] = max(ranges.get(source, 0.0), _magnitude(quantize, view))
+                low, high = _covered(quantize, view)
+                before_low, before_high = ranges.get(source, (low, high))
+                ranges[source] = min(low, before_low), max(high, before_high)
     replace(model.graph.node, [n for n in model.graph.node if n.op_type != "Dead"])
     for node in model.graph.node:
         for i, name in enumerate(node.input):
@@ -78,15 +92,16 @@ def _parameters(node: onnx.NodeProto, view: View) -> tuple[NDArray[np.float32], 
     return np.asarray(scale, np.float32), np.asarray(zero)
 
 
-def _magnitude(node: onnx.NodeProto, view: View) -> float:
+def _covered(node: onnx.NodeProto, view: View) -> Range:
     scale, zero = _parameters(node, view)
     kind = np.iinfo(zero.dtype)
     offset = zero.astype(np.int64)
-    low = offset - kind.min - (kind.min < 0) * (offset == 0)  # symmetric INT8 uses -127 to 127
-    return float((np.maximum(low, kind.max - offset) * scale).max())
+    lowest = kind.min + (kind.min < 0) * (offset == 0)  # symmetric INT8 uses -127 to 127
+    return float(((lowest - offset) * scale).min()), float(((kind.max - offset) * scale).max())
 
 
-def _dequantized(node: onnx.NodeProto, view: View) -> NDArray[np.float32]:
+def _dequantized(node: onnx.NodeProto, view: View) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The float value of a DequantizeLinear's constant, and the step between its levels, broadcast to it."""
     stored = view.value(node.input[0])
     assert stored is not None, f"{node.name}: its input is neither quantized nor constant"
     scale, zero = _parameters(node, view)
@@ -97,7 +112,25 @@ def _dequantized(node: onnx.NodeProto, view: View) -> NDArray[np.float32]:
         shape[attribute(node, "axis", 1)] = scale.size
         scale = scale.reshape(shape)
         zero = zero.reshape(shape) if zero.size > 1 else zero  # NNCF writes one for all channels
-    return ((stored.astype(np.int64) - zero.astype(np.int64)) * scale).astype(np.float32)
+    return ((stored.astype(np.int64) - zero.astype(np.int64)) * scale).astype(np.float32), np.abs(scale)
+
+
+def _unrounded(
+    node: onnx.NodeProto, view: View, nodes: Mapping[str, onnx.NodeProto], before: View
+) -> NDArray[np.float32]:
+    """The weights behind a DequantizeLinear: as they were in `before`, by the name of the node that takes them; as
+    dequantized where some of them are further away than rounding and clipping go, a step."""
+    dequantized, step = _dequantized(node, view)
+    for taker in view.takers[node.output[0]]:
+        source = nodes[taker.name].input[list(taker.input).index(node.output[0])] if taker.name in nodes else ""
+        value = before.value(source)
+        if (
+            value is not None
+            and value.shape == dequantized.shape
+            and (np.abs(value - dequantized) <= 1.001 * step).all()
+        ):
+            return np.asarray(value, np.float32)
+    return dequantized
 
 
 def products(model: onnx.ModelProto) -> dict[str, int]:
@@ -121,7 +154,7 @@ def products(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def place(
-    floats: onnx.ModelProto, ranges: Mapping[str, float], largest: Mapping[str, float], weights: Collection[str]
+    floats: onnx.ModelProto, ranges: Mapping[str, Range], largest: Mapping[str, float], weights: Collection[str]
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """A float graph with named nodes -> the same with TensorRT's Q/DQ, and the names of the products that got it.
 
@@ -131,6 +164,8 @@ def place(
     One Q and one DQ an activation, shared by all that take it; weights are stored as INT8, per output channel, and
     embedding tables per row: lookup and DequantizeLinear are one kernel, and a table that is a product's weight, too,
     is there once. A product whose input is always zero stays in float: TensorRT refuses a scale of zero.
+    TensorRT takes no zero points, and what a GELU gives would use half of the levels. Where a range is off zero by
+    OFF_CENTRE, its middle is taken off before rounding, and what the product makes of it is added after it.
     """
     model = onnx.ModelProto()
     model.CopyFrom(floats)
@@ -150,39 +185,74 @@ def place(
         if table(node, view) is not None:
             node.input[0] = stored(node.input[0], 0)
         elif node.name in axes and node.input[1] in weights:
-            source = node.input[0]
-            magnitude = _range(source, ranges, largest, view) if ranges else 0.0
-            if magnitude > 0 or not ranges:
+            source, weight, axis = node.input[0], node.input[1], axes[node.name]
+            low, high = _range(source, ranges, largest, view) if ranges else (0.0, 0.0)
+            if high > low or not ranges:
                 placed.append(node.name)
-                node.input[1] = stored(node.input[1], axes[node.name])
+                node.input[1] = stored(weight, axis)
                 if ranges:
-                    if source not in dequantized:
-                        dequantized[source] = f"{source}/dequantized"
-                        nodes += _activation(source, magnitude, model)
-                    node.input[0] = dequantized[source]
+                    middle, magnitude = _around(low, high, node.op_type != "Conv")  # a padded 0 must stay 0
+                    taken = f"{source}{CENTERED}" if middle else source
+                    if taken not in dequantized:
+                        dequantized[taken] = f"{taken}/dequantized"
+                        nodes += _activation(source, taken, magnitude, middle, model)
+                    node.input[0] = dequantized[taken]
+                    if middle:
+                        nodes += [node, _put_back(node, weight, axis, middle, model)]
+                        continue
         nodes.append(node)
     replace(model.graph.node, nodes)
     prune_dead(model)
     return model, tuple(placed)
 
 
-def _range(name: str, ranges: Mapping[str, float], largest: Mapping[str, float], view: View) -> float:
+def _range(name: str, ranges: Mapping[str, Range], largest: Mapping[str, float], view: View) -> Range:
     """The quantizer's range of a tensor, also through operators that only move values; else the one observed."""
     at = name
     while at not in ranges and at in view.made and view.made[at].op_type in MOVES:
         at = view.made[at].input[0]
-    return ranges.get(at) or largest[name]
+    return ranges.get(at) or (-largest[name], largest[name])
 
 
-def _activation(source: str, magnitude: float, model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    scale, zero = f"{source}/scale", f"{source}/zero"
+def _around(low: float, high: float, centered: bool) -> tuple[float, float]:
+    """What is taken off before rounding, and the magnitude of what is left.
+
+    A whole number of steps, so that 0 stays a level, as with a zero point: half of what a GELU gives is next to it.
+    """
+    half = (high - low) / 2 * HIGHEST / (HIGHEST - 0.5)  # the middle moves by half a step
+    step = float(half_scales(np.array(half)))
+    middle = float(np.float16(step * np.rint((low + high) / 2 / step)))
+    return (middle, half) if centered and abs(middle) > OFF_CENTRE * half else (0.0, max(high, -low))
+
+
+def _activation(
+    source: str, taken: str, magnitude: float, middle: float, model: onnx.ModelProto
+) -> list[onnx.NodeProto]:
+    """Q and DQ of `source`, or of `taken`, which is `source` without `middle`."""
+    scale, zero, middle_of = f"{taken}/scale", f"{taken}/zero", f"{taken}/middle"
     model.graph.initializer.append(numpy_helper.from_array(half_scales(np.array(magnitude)), scale))
     model.graph.initializer.append(helper.make_tensor(zero, TensorProto.INT8, [], [0]))
-    middle = f"{source}/quantized"
+    nodes = []
+    if middle:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(middle, np.float32), middle_of))
+        nodes.append(helper.make_node("Sub", [source, middle_of], [taken], f"{taken}/Sub"))
+    rounded = f"{taken}/quantized"
     return [
-        helper.make_node("QuantizeLinear", [source, scale, zero], [middle], f"{source}/Q"),
-        helper.make_node("DequantizeLinear", [middle, scale, zero], [f"{source}/dequantized"], f"{source}/DQ"),
+        *nodes,
+        helper.make_node("QuantizeLinear", [taken, scale, zero], [rounded], f"{taken}/Q"),
+        helper.make_node("DequantizeLinear", [rounded, scale, zero], [f"{taken}/dequantized"], f"{taken}/DQ"),
     ]
+
+
+def _put_back(node: onnx.NodeProto, weight: str, axis: int, middle: float, model: onnx.ModelProto) -> onnx.NodeProto:
+    """Add what a MatMul or Gemm makes of `middle` in every channel, by the weights as they were stored."""
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.startswith(f"{weight}/")}
+    sums = stored[f"{weight}/int8"].sum(1 - axis, dtype=np.int64) * stored[f"{weight}/scale"].astype(np.float64)
+    alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
+    out, constant = node.output[0], f"{node.output[0]}/middle"
+    model.graph.initializer.append(numpy_helper.from_array((alpha * middle * sums).astype(np.float32), constant))
+    node.output[0] = f"{out}{CENTERED}"
+    return helper.make_node("Add", [node.output[0], constant], [out], f"{node.name}/middle")
 
 
 def _weight(name: str, axis: int, view: View, model: onnx.ModelProto) -> onnx.NodeProto:

@@ -86,7 +86,7 @@ class Hardware(Measured):
     """What an engine is tied to; None where the system doesn't tell."""
 
     gpu: str
-    compute_capability: str
+    compute_capability: str = Field(pattern=r"^\d+\.\d$")
     multiprocessors: int
     memory_bytes: int
     driver: int

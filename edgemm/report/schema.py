@@ -256,7 +256,8 @@ class Gate(Strict):
 class Layers(Strict):
     """What the engine of one component computes how, as TensorRT's builder told; "unknown" where none was built here.
 
-    gemms            products that have INT8 weights in the graph;  int8_gemms  those that the engine runs in INT8
+    gemms            products with constant weights, K and N of 16 and more
+    quantized_gemms  those of them that have INT8 weights in the graph;  int8_gemms  those that the engine runs in INT8
     attention        attention blocks in the graph;  fused_attention  those that are one kernel of the engine
     float32_nodes    nodes of the graph that FP16 can't hold
     layers           of the engine
@@ -265,6 +266,7 @@ class Layers(Strict):
     component: str
     precision: str
     gemms: int
+    quantized_gemms: int
     int8_gemms: int | Literal["unknown"]
     attention: int
     fused_attention: int | Literal["unknown"]

@@ -68,9 +68,9 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model:
             name = spec["name"]
             quantized = None
             if name in made_int8:
-                made = work.int8(name, options[name])
-                quantized = onnx.load(made.path / f"{name}.onnx")
-                for key, found in made.json("findings.json").items():
+                int8 = work.int8(name, options[name])
+                quantized = onnx.load(int8.path / f"{name}.onnx")
+                for key, found in int8.json("findings.json").items():
                     findings[key].append(found)
             if not tensorrt:
                 if use and forms[name].precision:
@@ -79,10 +79,12 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model:
                 continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
             lowered = lower(work.read(name), quantized, work.recorded[name], target.opset_max, name)
-            for precision, model in lowered.items():
-                if kept := kept_in_float32(model):
+            for precision, made in lowered.items():
+                if kept := kept_in_float32(made):
                     log(f"{name}.{precision}: {len(kept)} nodes stay in FP32, the first is {kept[0]}")
-                onnx.save(model, out / f"{name}.{precision}.onnx")
+                if precision == "int8" and name in work.logits:
+                    unbiased(made, work.read(name), spec, work.recorded[name], work.logits[name])
+                onnx.save(made, out / f"{name}.{precision}.onnx")
         if (graph.path / "tokenizer.json").is_file():
             shutil.copyfile(graph.path / "tokenizer.json", out / "tokenizer.json")
         (out / "program.json").write_text(json.dumps(program), encoding="utf-8")
@@ -190,7 +192,7 @@ class Work:
             samples = self.recorded[name] if ranged or name in self.logits else []
             log(f"quantize {name}: {use}, {len(samples)} samples")
             made = self.calls[name](self.read(name), samples, options)
-            if name in self.logits:
+            if name in self.logits and self.target.dialect != "tensorrt":  # there, what is lowered is corrected
                 made = unbiased(made, self.read(name), self.specs[name], samples, self.logits[name])
             findings: dict[str, Any] = {}
             if ranged:

@@ -30,6 +30,23 @@ CONTRACT = Path(__file__).with_name("contract.txt")
 MAGIC = f"fake plan of TensorRT {__version__}\n".encode()
 OUT_OF_MEMORY, INVALID_VALUE = 2, 1
 RUNS_OF_A_CHECK = 8
+SECONDS = {False: 8e-4, True: 2e-4}  # of one execution, in INT8 or not
+
+
+class _Clock:
+    """time.perf_counter of a process in which only executions take time: what is faster is no matter of the host."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def _spend(self, seconds: float) -> None:
+        self._now += seconds
+
+    def __call__(self) -> float:
+        return self._now
+
+
+CLOCK = time.perf_counter = _Clock()
 
 
 def read_contract() -> dict[str, set[str]]:
@@ -362,8 +379,9 @@ class IExecutionContext:
             if misbehaves("nan", self._engine._bytes):
                 value = np.full_like(value, np.nan)
             DRIVER.write(self._addresses[output.name], np.ascontiguousarray(value).tobytes())
-        precision_s = 2e-4 if b"DequantizeLinear" in self._engine._bytes else 8e-4
-        time.sleep(2e-3 if misbehaves("slow", self._engine._bytes) else precision_s)
+        CLOCK._spend(
+            2e-3 if misbehaves("slow", self._engine._bytes) else SECONDS[b"DequantizeLinear" in self._engine._bytes]
+        )
         return True
 
     def _dtype(self, name: str) -> type:

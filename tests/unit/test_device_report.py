@@ -211,6 +211,14 @@ def half_a_round(report: dict[str, Any]) -> None:
     del report["components"][0]["candidates"]["int8"]["samples_ms"][3:]
 
 
+def another_gpu(report: dict[str, Any]) -> None:
+    report["hardware"]["compute_capability"] = "8.9"
+
+
+def no_capability(report: dict[str, Any]) -> None:
+    report["hardware"]["compute_capability"] = "Orin"
+
+
 def unknown_key(report: dict[str, Any]) -> None:
     report["verdict"] = "PASS"
 
@@ -236,6 +244,8 @@ def nan_memory(report: dict[str, Any]) -> None:
         (fewer_components, "has not the components encoder, head"),
         (fewer_candidates, "encoder has not the candidates of the bundle"),
         (half_a_round, "3 latencies are no whole rounds"),
+        (another_gpu, "is of compute capability 8.9, and the bundle is for sm 87"),
+        (no_capability, "hardware.compute_capability = 'Orin'"),
         (unknown_key, "unknown key 'verdict'"),
         (negative_time, "whole.samples_ms.0 = -1"),
     ],

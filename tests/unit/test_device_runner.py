@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -166,10 +167,11 @@ def test_what_was_built_is_not_built_again(small_bundle: Path, built: Path, run:
 @pytest.mark.parametrize(
     ("settings", "shipped", "failed", "why"),
     [
-        ({"fail_build": "int8"}, "fp16", "int8", "Could not find any implementation"),
+        ({"fail_build": "int8", "version": "11.4"}, "fp16", "int8", "Could not find any implementation"),
         ({"kill_build": "int8"}, "fp16", "int8", "killed by signal 9"),
-        ({"out_of_memory": "int8"}, "fp16", "int8", "OutOfMemory"),
-        ({"wrong": "int8"}, "fp16", "int8", "logits: -"),
+        ({"out_of_memory": "int8", "version": "10.16"}, "fp16", "int8", "OutOfMemory"),
+        ({"out_of_memory": "int8", "version": "11.4"}, "fp16", "int8", "OutOfMemory"),
+        ({"wrong": "int8", "version": "11.4"}, "fp16", "int8", "logits: -"),
         ({"nan": "fp16"}, "int8", "fp16", "logits: None dB"),
         ({"fail_build": "fp16"}, "int8", "fp16", "Could not find any implementation"),
     ],
@@ -185,8 +187,9 @@ def test_a_candidate_that_fails_is_not_shipped(
     assert row["int8_speedup"] is None and row["candidates"][shipped]["latency"]
 
 
-def test_int8_that_is_not_faster_is_not_shipped(small_bundle: Path, run: Run) -> None:
-    code, report, _ = run(small_bundle, slow="int8")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_int8_that_is_not_faster_is_not_shipped(small_bundle: Path, run: Run, version: str) -> None:
+    code, report, _ = run(small_bundle, slow="int8", version=version)
     row = head(report)
     assert (code, row["shipped"]) == (0, "fp16")
     assert row["int8_speedup"]["p50"] < 1 and "not faster" in row["reason"]
@@ -213,14 +216,15 @@ def test_a_device_that_dies_while_it_is_timed_ships_nothing(small_bundle: Path, 
     assert all("illegal memory access" in c["error"] and not c["passed"] for c in row["candidates"].values())
 
 
-def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["10.3", "11.4"])
+def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_path: Path, version: str) -> None:
     """At each fsync in turn: the cache then has the whole engine or none, and the next run goes on from there."""
     (tmp_path / "sitecustomize.py").write_text(CUT)
     (tmp_path / "cache").mkdir()
     cuts = 0
     for n in range(1, 20):
         environment = {"PYTHONPATH": str(tmp_path), "CUT": str(n)}
-        code, _, _ = run(small_bundle, "--build", "head", "int8", environment=environment)
+        code, _, _ = run(small_bundle, "--build", "head", "int8", environment=environment, version=version)
         if code == 0:
             break
         assert code == 137
@@ -230,7 +234,7 @@ def test_power_cut_while_an_engine_is_written(small_bundle: Path, run: Run, tmp_
             assert json.loads(record.read_bytes())["sha256"] == hashlib.sha256(plan).hexdigest()
     assert cuts == 6, "engine, record and timing cache, each with its directory"
     (tmp_path / "cache" / ".tmp-half.engine").write_bytes(b"half")
-    code, report, _ = run(small_bundle)
+    code, report, _ = run(small_bundle, version=version)
     assert (code, head(report)["shipped"]) == (0, "int8")
     assert not list((tmp_path / "cache").glob(".tmp-*"))
 
@@ -325,6 +329,13 @@ def test_without_tensorrt_or_a_device_it_says_so(small_bundle: Path, run: Run, t
     assert done.returncode == 3 and "libnvinfer.so.10" in done.stderr and "fix:" in done.stderr
 
 
+def test_a_device_that_the_bundle_is_not_for_builds_nothing(tmp_path: Path, run: Run) -> None:
+    code, report, stderr = run(with_spec(devices.bundle(tmp_path, ["head"]), sm=[86, 110]))
+    assert (code, report) == (3, None)
+    assert "this device has compute capability 8.7, and the bundle is for 8.6, 11.0" in stderr and "fix:" in stderr
+    assert not list((tmp_path / "cache").glob("*.engine"))
+
+
 def test_sparse_kernels_are_for_targets_that_ask_for_them(small_bundle: Path, run: Run, tmp_path: Path) -> None:
     log = tmp_path / "built"
     run(with_spec(devices.bundle(tmp_path, ["head"]), sparsity="2:4"), log=str(log))
@@ -366,6 +377,7 @@ def test_clocks_are_read_from_sys(tmp_path: Path) -> None:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The fake in this process."""
     monkeypatch.setattr(ctypes, "CDLL", ctypes.CDLL)
+    monkeypatch.setattr(time, "perf_counter", time.perf_counter)
     monkeypatch.setenv("PYTHONPATH", str(FAKE))
     monkeypatch.delenv("FAKE_TENSORRT", raising=False)
     monkeypatch.syspath_prepend(FAKE)

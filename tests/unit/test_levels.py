@@ -17,6 +17,7 @@ from edgemm.verdict import raise_verdict
 
 COUNTS = {
     "gemms": 6,
+    "quantized_gemms": 6,
     "int8_gemms": 6,
     "attention": 1,
     "fused_attention": "unknown",

@@ -76,7 +76,7 @@ def rounded(x: NDArray[Any], scale: NDArray[Any]) -> NDArray[Any]:
 
 def test_q_dq_stands_at_products_with_constant_weights_alone() -> None:
     graph = attention()
-    placed, names = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), constants(graph))
+    placed, names = qdq.place(graph, {"h": (-3.0, 3.0)}, largest(graph, [{"x": X}]), constants(graph))
     onnx.checker.check_model(placed, full_check=True)
     view = {o: n for n in placed.graph.node for o in n.output}
     quantized = {n.name: [view[i].op_type for i in n.input if i in view] for n in placed.graph.node}
@@ -92,7 +92,7 @@ def test_q_dq_stands_at_products_with_constant_weights_alone() -> None:
 
 def test_everything_is_symmetric_int8_and_weights_have_a_scale_a_channel() -> None:
     graph = attention()
-    placed, _ = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), constants(graph))
+    placed, _ = qdq.place(graph, {"h": (-3.0, 3.0)}, largest(graph, [{"x": X}]), constants(graph))
     stored = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
     for node in placed.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -116,7 +116,7 @@ def test_a_product_equals_the_plain_reference(kind: str) -> None:
         gemm = n("Gemm", ["f", "w", "b"], ["y"], transB=int(kind != "Gemm"))
         graph = model([flat, gemm], w=weight, b=B, s=np.array([-1, 32]))
     magnitude = 2.5
-    placed, (name,) = qdq.place(graph, {"x": magnitude}, largest(graph, [{"x": X}]), constants(graph))
+    placed, (name,) = qdq.place(graph, {"x": (-magnitude, magnitude)}, largest(graph, [{"x": X}]), constants(graph))
     assert name
     step = qdq.half_scales(np.array(magnitude))
     weights = qdq.half_scales(np.abs(W).max(0))
@@ -130,7 +130,7 @@ def test_a_convolution_equals_the_plain_reference_and_a_depthwise_one_stays_in_f
     deep = RNG.standard_normal((32, 1, 3)).astype(np.float32)
     nodes = [n("Conv", ["x", "k"], ["c"], pads=[1, 1]), n("Conv", ["c", "d"], ["y"], pads=[1, 1], group=32)]
     graph = model(nodes, k=kernel, d=deep)
-    placed, names = qdq.place(graph, {"x": 3.0}, largest(graph, [{"x": X}]), constants(graph))
+    placed, names = qdq.place(graph, {"x": (-3.0, 3.0)}, largest(graph, [{"x": X}]), constants(graph))
     assert len(names) == 1
     scales = qdq.half_scales(np.abs(kernel).max((1, 2)))[:, None, None]
     reference = model(nodes, k=rounded(kernel, scales).astype(np.float32), d=deep)
@@ -139,10 +139,17 @@ def test_a_convolution_equals_the_plain_reference_and_a_depthwise_one_stays_in_f
 
 
 @pytest.mark.parametrize(
-    ("zero", "scale", "magnitude"),
-    [(np.int8(0), 0.1, 12.7), (np.uint8(0), 0.1, 25.5), (np.uint8(128), 0.1, 12.8), (np.int8(-100), 0.1, 22.7)],
+    ("zero", "scale", "covered"),
+    [
+        (np.int8(0), 0.1, (-12.7, 12.7)),
+        (np.uint8(0), 0.1, (0, 25.5)),
+        (np.uint8(128), 0.1, (-12.8, 12.7)),
+        (np.int8(-100), 0.1, (-2.8, 22.7)),
+    ],
 )
-def test_a_quantizers_range_is_read_from_its_scale_and_zero_point(zero: Any, scale: float, magnitude: float) -> None:
+def test_a_quantizers_range_is_read_from_its_scale_and_zero_point(
+    zero: Any, scale: float, covered: tuple[float, float]
+) -> None:
     n = helper.make_node
     nodes = [
         n("QuantizeLinear", ["x", "s", "z"], ["q"]),
@@ -153,9 +160,10 @@ def test_a_quantizers_range_is_read_from_its_scale_and_zero_point(zero: Any, sca
     scales = (np.abs(W).max(0) / 127).astype(np.float32)
     stored = np.rint(W / scales).astype(np.int8)
     weights = {"w8": stored, "ws": scales, "wz": np.zeros(32 if zero else (), np.int8)}
-    calibrated = qdq.strip(model(nodes, s=np.float32(scale), z=np.asarray(zero), **weights))
+    quantized = model(nodes, s=np.float32(scale), z=np.asarray(zero), **weights)
+    calibrated = qdq.strip(quantized, model([n("MatMul", ["x", "v"], ["y"])], v=np.ones_like(W)))
     assert len(calibrated.weights) == 1
-    assert calibrated.ranges == {"x": pytest.approx(magnitude, rel=1e-6)}
+    assert calibrated.ranges == {"x": pytest.approx(covered, rel=1e-6)}
     assert [x.op_type for x in calibrated.model.graph.node] == ["MatMul"]
     (weight,) = calibrated.model.graph.initializer
     np.testing.assert_allclose(numpy_helper.to_array(weight), stored * scales, rtol=1e-6)
@@ -172,7 +180,7 @@ def test_a_range_holds_behind_what_only_moves_values_and_else_the_observed_one_i
     ]
     graph = model(nodes, w=W, w2=W.copy())
     found = largest(graph, [{"x": X}])
-    placed, names = qdq.place(graph, {"x": 2.0}, found, constants(graph))
+    placed, names = qdq.place(graph, {"x": (-2.0, 2.0)}, found, constants(graph))
     stored = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
     assert len(names) == 2
     assert stored["u/scale"] == qdq.half_scales(np.array(2.0))
@@ -202,9 +210,9 @@ def test_a_table_that_is_a_products_weight_too_is_stored_once() -> None:
 def test_what_the_quantizer_kept_in_float_stays_so() -> None:
     graph = attention()
     all_of_them = constants(graph)
-    _, names = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), all_of_them)
+    _, names = qdq.place(graph, {"h": (-3.0, 3.0)}, largest(graph, [{"x": X}]), all_of_them)
     kept = next(n for n in graph.graph.node if n.name == names[0])
-    placed, fewer = qdq.place(graph, {"h": 3.0}, largest(graph, [{"x": X}]), all_of_them - {kept.input[1]})
+    placed, fewer = qdq.place(graph, {"h": (-3.0, 3.0)}, largest(graph, [{"x": X}]), all_of_them - {kept.input[1]})
     assert set(names) - set(fewer) == {kept.name}
     assert kept in placed.graph.node
 
@@ -218,7 +226,7 @@ def test_a_product_whose_input_is_always_zero_stays_in_float() -> None:
         n("Add", ["y0", "y1"], ["y"]),
     ]
     graph = model(nodes, o=np.zeros(1, np.float32), w=W)
-    _, names = qdq.place(graph, {"x": 2.0}, largest(graph, [{"x": X}]), constants(graph))
+    _, names = qdq.place(graph, {"x": (-2.0, 2.0)}, largest(graph, [{"x": X}]), constants(graph))
     assert len(names) == 1
 
 
@@ -236,3 +244,44 @@ def test_infinities_are_no_magnitude() -> None:
     mask[0, 0] = True
     found = largest(model(nodes, c=mask, i=np.float32(-np.inf)), [{"x": X}])
     assert found["w"] == pytest.approx(np.abs(X[:, ~mask]).max())
+
+
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
+def test_a_range_off_zero_is_rounded_around_its_middle(kind: str) -> None:
+    """As with a zero point: all 255 levels are spent on the range, and the product is the plain reference's."""
+    n = helper.make_node
+    x = np.maximum(X, -0.2)
+    nodes = [n("Reshape", ["x", "s"], ["f"]), n("Gemm", ["f", "w", "b"], ["y"], transB=1, alpha=0.5)]
+    weight = np.ascontiguousarray(W.T)
+    if kind == "MatMul":
+        nodes, weight = [n("MatMul", ["x", "w"], ["p"]), n("Add", ["p", "b"], ["y"])], W
+    graph = model(nodes, ("n", "t", "k") if kind == "MatMul" else ("n", "k"), w=weight, b=B, s=np.array([-1, 32]))
+    placed, _ = qdq.place(graph, {"x": (-0.2, 3.8)}, largest(graph, [{"x": x}]), constants(graph))
+    onnx.checker.check_model(placed, full_check=True)
+    stored = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
+    (quantize,) = [m for m in placed.graph.node if m.op_type == "QuantizeLinear"]
+    middle = stored["x/centered/middle" if kind == "MatMul" else "f/centered/middle"]
+    assert middle == pytest.approx(1.8, abs=4 / 255)
+    assert stored[quantize.input[1]] == pytest.approx(4 / 254, rel=0.01)
+    assert middle / stored[quantize.input[1]] == pytest.approx(114, abs=0.1), "zero is a level"
+    step, steps = stored[quantize.input[1]], qdq.half_scales(np.abs(W).max(0))
+    alpha = 0.5 if kind == "Gemm" else 1.0
+    expected = alpha * ((rounded(x - middle, step) + middle) @ rounded(W, steps)) + B
+    np.testing.assert_allclose(run(placed, x).reshape(expected.shape), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_that_were_only_rounded_are_taken_from_the_graph_before() -> None:
+    n = helper.make_node
+    scales = (np.abs(W).max(0) / 128).astype(np.float32)
+    stored = np.rint(W / scales).clip(-128, 127).astype(np.int8)
+    nodes = [n("DequantizeLinear", ["w8", "ws", "wz"], ["w"], axis=1), n("MatMul", ["x", "w"], ["y"], name="product")]
+    quantized = model(nodes, w8=stored, ws=scales, wz=np.zeros(32, np.int8))
+
+    def weights(name: str, value: NDArray[Any]) -> NDArray[Any]:
+        before = model([n("MatMul", ["x", "v"], ["y"], name=name)], v=value)
+        (weight,) = qdq.strip(quantized, before).model.graph.initializer
+        return numpy_helper.to_array(weight)
+
+    np.testing.assert_array_equal(weights("product", W), W)
+    for other in (weights("another", W), weights("product", 2 * W), weights("product", W[:, :16])):
+        np.testing.assert_allclose(other, stored * scales, rtol=1e-6)

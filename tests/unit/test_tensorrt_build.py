@@ -97,7 +97,20 @@ def test_every_product_runs_in_int8_and_attention_is_one_kernel(graphs: Path, tm
 @pytest.mark.usefixtures("rtx")
 def test_an_fp16_engine_has_no_int8(graphs: Path, tmp_path: Path) -> None:
     counts = tensorrt_rtx.compile_component(graphs / "block.fp16.onnx", tmp_path, PROFILE, RTX, {})
-    assert (counts["gemms"], counts["int8_gemms"], counts["fused_attention"]) == (0, 0, 1)
+    assert (counts["gemms"], counts["int8_gemms"], counts["fused_attention"]) == (6, 0, 1)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_ranges_off_zero_cost_neither_int8_nor_the_fused_attention(graphs: Path) -> None:
+    """What the preset `mixed` has zero points for is written with none."""
+    import tensorrt_rtx_bindings as trt
+
+    model = onnx.load(graphs / "block.onnx")
+    samples = [{"x": np.random.default_rng(0).standard_normal((1, 16, WIDTH)).astype(np.float32)}]
+    graph = lower(model, nncf.quantize(model, samples, nncf.Options(preset="mixed")), samples, 20, "block")["int8"]
+    assert [n for n in graph.graph.node if n.name.endswith("/centered/Sub")], "a GELU's range"
+    counts = count(graph, _tensorrt.build(trt, graph.SerializeToString(), PROFILE, RTX, "block").layers)
+    assert (counts["gemms"], counts["int8_gemms"], counts["fused_attention"]) == (6, 6, 1)
 
 
 @pytest.mark.usefixtures("rtx")
