@@ -124,12 +124,11 @@ def _unrounded(
     for taker in view.takers[node.output[0]]:
         source = nodes[taker.name].input[list(taker.input).index(node.output[0])] if taker.name in nodes else ""
         value = before.value(source)
-        if (
-            value is not None
-            and value.shape == dequantized.shape
-            and (np.abs(value - dequantized) <= 1.001 * step).all()
-        ):
-            return np.asarray(value, np.float32)
+        if value is None or value.shape != dequantized.shape:
+            continue
+        unrounded = np.asarray(value, np.float32)
+        if (np.abs(unrounded - dequantized) <= 1.001 * step).all():
+            return unrounded
     return dequantized
 
 

@@ -74,7 +74,7 @@ def batched(model: onnx.ModelProto, samples: Samples) -> list[Tensors]:
         if any(len(v) != 1 for v in sample.values()):
             return list(samples)
         alike[tuple((name, v.shape) for name, v in sample.items())].append(sample)
-    joined = []
+    joined: list[Tensors] = []
     for rows in alike.values():
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]

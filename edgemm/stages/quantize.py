@@ -313,7 +313,7 @@ def record(
         for name in wanted:
             recorded[name] += met[name][:: max(1, len(met[name]) // STEPS)]
     if unmet := sorted(name for name in wanted if not recorded[name]):
-        ports = next(spec["inputs"] for spec, _ in session.components.values() if spec["name"] == unmet[0])
+        ports = session.components[unmet[0]].spec["inputs"]
         raise InputError(
             f"none of {len(calibration)} calibration samples reaches {unmet[0]}: "
             f"it needs {', '.join(p['name'] for p in ports)}",
