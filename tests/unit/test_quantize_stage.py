@@ -24,7 +24,7 @@ class Session:
 
     def __init__(self) -> None:
         takes = {"vision": "pixels", "words": "ids"}
-        self.components = {n: ({"name": n, "inputs": [{"name": port}]}, None) for n, port in takes.items()}
+        self.components = {n: SimpleNamespace(spec={"inputs": [{"name": port}]}) for n, port in takes.items()}
         self.sources = {"image": {"pixels"}, "text": {"ids"}}
 
     def tensors(self, query: Any) -> dict[str, np.ndarray]:
