@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from edgemm.pipeline import compress
     from edgemm.recheck import verify_bundle as verify
     from edgemm.runtime.session import load_bundle
+
+# ONNX Runtime's own wheels send events to its maker and keep an id of the machine, unless this is set at their start.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 __version__ = "0.1.0"
 __all__ = ["compress", "load_bundle", "verify"]

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from edgemm.errors import InputError
-from edgemm.runtime.serving.cache import Cache
+from edgemm.runtime.serving.cache import OVERHEAD, Cache
 from edgemm.runtime.serving.engine import Engine
 from edgemm.runtime.serving.metrics import Metrics
 from edgemm.runtime.serving.options import Options
@@ -109,14 +109,14 @@ def test_without_a_cache_nothing_is_kept() -> None:
 
 
 def test_what_is_kept_is_bounded_and_the_least_used_goes() -> None:
-    kept = Cache(40)
+    kept = Cache(2 * (16 + OVERHEAD))
     for key in (b"a", b"b"):
         kept.put(key, {"x": np.zeros(4, np.float32)})
     assert kept.get(b"a") is not None
     kept.put(b"c", {"x": np.zeros(4, np.float32)})
     kept.put(b"huge", {"x": np.zeros(400, np.float32)})
     assert [kept.get(key) is not None for key in (b"a", b"b", b"c", b"huge")] == [True, False, True, False]
-    assert kept.used_bytes == 32
+    assert kept.used_bytes == 2 * (16 + OVERHEAD)
 
 
 def test_the_latency_table_and_the_target_size_the_batch() -> None:

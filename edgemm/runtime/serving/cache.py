@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from edgemm.runtime.query import Array, Tensors
 
+OVERHEAD = 500  # bytes that Python takes for a tensor and its place here
+
 
 class Cache:
     """Tensors by key, of at most `size_bytes` together. Not thread-safe: the scheduler's lock holds it."""
@@ -32,4 +34,4 @@ class Cache:
 
 
 def _bytes(tensors: Mapping[str, Array]) -> int:
-    return sum(value.nbytes for value in tensors.values())
+    return sum(value.nbytes + OVERHEAD for value in tensors.values())
