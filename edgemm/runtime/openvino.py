@@ -51,6 +51,8 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
         except RuntimeError as e:
             what = f"{component['name']}: OpenVINO can't load it: {' '.join(str(e).split())}"[:500]
             raise InputError(what, fix="run edgemm compress again, or pip install --upgrade openvino") from e
+        given = {name for port in model.inputs for name in port.get_names()}  # what the graph keeps is no input
+        shapes = {name: shape for name, shape in shapes.items() if name in given}
         try:
             if any(model.input(name).partial_shape != ov.PartialShape(shape) for name, shape in shapes.items()):
                 model.reshape(shapes)
