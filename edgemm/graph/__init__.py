@@ -76,7 +76,12 @@ def name_nodes(model: onnx.ModelProto) -> None:
 
 
 def layer_of(node: onnx.NodeProto) -> str:
-    """The dotted path of the torch module that a node was exported from; empty where the graph does not say."""
+    """The dotted path of the torch module that a node was exported from; empty where the graph does not say.
+
+    By the name of its weights first: a convolution that took in a batch norm says that it came from that.
+    """
+    if len(node.input) > 1 and node.input[1].endswith(".weight"):
+        return str(node.input[1].removesuffix(".weight"))
     scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
     return next((name for name in reversed(literal_eval(scopes)[:-1]) if name), "")
 

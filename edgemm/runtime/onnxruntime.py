@@ -60,7 +60,13 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
     if settings.get("qdq") == "as written":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = ort.InferenceSession(files[f"{name}.onnx"], options, providers=["CPUExecutionProvider"])
+        # A Gemm made of MatMul and Add has no integer kernel without a bias in int32: such products ran in float.
+        session = ort.InferenceSession(
+            files[f"{name}.onnx"],
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["MatMulAddFusion"],
+        )
     except failures as e:
         raise InputError(f"{name}: ONNX Runtime can't load it: {e}", fix="export it again, in FP32") from e
     return Graph(session, component, failures)

@@ -102,6 +102,16 @@ def test_alpha_is_each_layers_own(block: Graph) -> None:
     assert set(found) == {readers["head"]}
 
 
+def test_a_layer_is_known_by_its_weights_or_by_what_torch_wrote_down() -> None:
+    node = onnx.helper.make_node("Conv", ["x", "stem.conv.weight"], ["y"])
+    assert layer_of(node) == "stem.conv"
+    node.input[1] = "val_3"
+    assert layer_of(node) == ""
+    scopes = node.metadata_props.add()
+    scopes.key, scopes.value = "pkg.torch.onnx.name_scopes", "['', 'stem', 'stem.norm', 'batch_norm']"
+    assert layer_of(node) == "stem.norm"
+
+
 @pytest.mark.parametrize("name", names("quantizers"))
 def test_a_quantizer_keeps_a_block_with_outliers(name: str, block: Graph) -> None:
     """All products become INT8 with weights stored so, and smoothing is what keeps them right."""
