@@ -269,7 +269,11 @@ def open_fp32(family: ModuleType, model: Any, directory: Path) -> Session:
     program = {**whole_program(family, model, directory), "backend": "onnxruntime", "settings": settings}
     tokenizer = tokenizer_of(family, directory)
     files = {} if tokenizer is None else {"tokenizer.json": tokenizer}
-    return Session(files, program, str(directory), lambda spec: caller(components[spec["name"]], directory))
+    session = Session(files, program, str(directory), lambda spec: caller(components[spec["name"]], directory))
+    for name, component in components.items():
+        if isinstance(component.module, Path):  # what can't be loaded is known at once, and not by the first input
+            session.components[name].load()
+    return session
 
 
 def sizes(family: ModuleType, model: Any) -> tuple[int, int]:
