@@ -34,13 +34,14 @@ class Use(BaseModel):
 class QuantizeSearch(Strict):
     """What edgemm/tuning.py may try, to find the fastest form of each component that keeps `sqnr_db` against FP32.
 
-    smooth_quant   alphas of SmoothQuant, -1 for off;  ranges  how activations' ranges are found; until one suffices
+    smooth_quant   alphas of SmoothQuant, -1 for off, auto for each layer's own;  ranges  how activations' ranges are
+                   found, of those that the quantizer has; until one suffices
     precisions     of what is not INT8; the first is the FP32 model's form. bf16 is tried where the target may use it
     After `budget_minutes` in all nothing more is tried.
     """
 
     sqnr_db: float = Field(30.0, gt=0, le=80)
-    smooth_quant: tuple[float, ...] = Field((0.5, 0.8, -1), min_length=1)
+    smooth_quant: tuple[float | Literal["auto"], ...] = Field(("auto", 0.5, 0.8, -1.0), min_length=1)
     ranges: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(("minmax", "mse"), min_length=1)
     precisions: tuple[Literal["f32", "bf16"], ...] = Field(("f32",), min_length=1)
     budget_minutes: float = Field(10.0, gt=0)

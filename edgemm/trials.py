@@ -85,9 +85,8 @@ class Bench:
         kept = build("trial", self.runs, parents=parents, config=config, tools=("openvino", "onnxruntime"), make=make)
         sqnr, faster = kept.json("trial.json")
         options = form.options
-        smooth = getattr(options, "smooth_quant", -1.0)
         return Trial(
-            smooth_quant=-1.0 if isinstance(smooth, str) else smooth,
+            smooth_quant=getattr(options, "smooth_quant", -1.0),
             ranges=getattr(options, "ranges", ""),
             sqnr_db=sqnr,
             int8=options is not None,
@@ -99,7 +98,7 @@ class Bench:
     def product_times(self, form: Form) -> dict[str, float]:
         """ms of each product of the graph in this form, in one run."""
         with tempfile.TemporaryDirectory() as folder:
-            self.compile_into(Path(folder), form.graph)
+            self.compile_into(Path(folder), form.graph, form.precision)
             files, spec = Directory(Path(folder)), {**self.component, "precision": form.precision}
             graph = onnx.load(self.plain.path / f"{self.component['name']}.onnx")
             middle = self.held[len(self.held) // 2 :][:1]
@@ -117,12 +116,12 @@ class Bench:
         runtime = importlib.import_module(f"edgemm.runtime.{self.target.backend}")
         settings = {"threads": self.target.threads, "precision": precision}
         with tempfile.TemporaryDirectory() as folder:
-            self.compile_into(Path(folder), graph)
+            self.compile_into(Path(folder), graph, precision)
             return runtime.compile_component(Directory(Path(folder)), self.component, settings)
 
-    def compile_into(self, folder: Path, graph: Artifact) -> None:
+    def compile_into(self, folder: Path, graph: Artifact, precision: str) -> None:
         name = self.component["name"]
         shapes = {p["name"]: p["shape"] for p in self.component["inputs"]} if self.target.static else {}
         cache = dict(self.program["output"]["cache"]) if is_decoder(self.component, self.program) else {}
         backend = plugins.plugin("backends", self.target.backend)
-        backend.compile_component(graph.path / f"{name}.onnx", folder, shapes, self.target, cache)
+        backend.compile_component(graph.path / f"{name}.onnx", folder, shapes, self.target, cache, precision)

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -19,15 +19,18 @@ import onnx
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
 from edgemm.console import log, progress
+from edgemm.errors import InputError
 from edgemm.graph.bypass import quantized_products
 from edgemm.graph.shapes import fix_shapes
 from edgemm.graph.switches import INPUT, switchable
 from edgemm.host import host
 from edgemm.recipe import QuantizeSearch, Recipe
+from edgemm.recording import record, spread
+from edgemm.report.int8_tables import smoothing
 from edgemm.report.schema import Sensitivity, Trial, Tuned
 from edgemm.runtime.query import Tensors
 from edgemm.simulation import Outputs, answers, simulated, sqnr_db
-from edgemm.stages.quantize import Work, record, spread
+from edgemm.stages.quantize import Work
 from edgemm.target import Target
 from edgemm.trials import Bench, Form
 
@@ -168,9 +171,16 @@ def tune_component(bench: Bench, work: Work, search: QuantizeSearch, late: Calla
 
 
 def settings(options: Any, search: QuantizeSearch) -> list[dict[str, Any]]:
-    """Changes of the quantizer's options to try, of those that it has."""
+    """Changes of the quantizer's options to try, of those that it has; InputError where it has no such ranges."""
     known = type(options).model_fields
-    rows = [{"smooth_quant": a, "ranges": r} for r in search.ranges for a in search.smooth_quant]
+    observers = get_args(known["ranges"].annotation) if "ranges" in known else search.ranges
+    ranges = [r for r in search.ranges if r in observers]
+    if not ranges:
+        raise InputError(
+            f"quantize.search.ranges: {', '.join(search.ranges)} is nothing that this quantizer has",
+            fix=f"it has {', '.join(observers)}",
+        )
+    rows = [{"smooth_quant": a, "ranges": r} for r in ranges for a in search.smooth_quant]
     found: list[dict[str, Any]] = []
     for row in rows:
         if (changes := {k: v for k, v in row.items() if k in known}) not in found:
@@ -208,8 +218,7 @@ def pareto(trials: Sequence[Trial]) -> list[Trial]:
 
 def described(row: Trial) -> str:
     """A form in words, with what it gives."""
-    smooth = "off" if row.smooth_quant < 0 else f"{row.smooth_quant:g}"
-    form = f"INT8, smoothing {smooth}, {row.ranges or 'weights'}" if row.int8 else "float"
+    form = f"INT8, smoothing {smoothing(row)}, {row.ranges or 'weights'}" if row.int8 else "float"
     floats = f", {len(row.keep_float)} in float" if row.keep_float else ""
     faster = f", {row.speedup:.2f}x" if row.speedup else ""
     return f"{form}, {row.precision}{floats}: {row.sqnr_db:.1f} dB{faster}"

@@ -14,7 +14,12 @@ FIX = "pip install 'edgemm[onnxruntime]'"
 
 
 def compile_component(
-    onnx_file: Path, out: Path, shapes: Mapping[str, list[int | str]], target: Target, cache: Mapping[str, str]
+    onnx_file: Path,
+    out: Path,
+    shapes: Mapping[str, list[int | str]],
+    target: Target,
+    cache: Mapping[str, str],
+    precision: str = "f32",
 ) -> None:
     """Write `out`/<name>.onnx; ONNX Runtime optimizes it where it is loaded.
 

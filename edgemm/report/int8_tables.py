@@ -28,12 +28,19 @@ def tables(target: TargetReport) -> list[tuple[str, tuple[str, ...], list[tuple[
     return [(title, head, rows) for title, head, rows in found if rows]
 
 
+def smoothing(row: Trial | Tuned) -> str:
+    """Alpha of SmoothQuant in words."""
+    alpha = row.smooth_quant
+    if alpha == "auto":
+        return "a layer's own"
+    return "off" if alpha < 0 else f"{alpha:g}"
+
+
 def form(row: Trial | Tuned) -> str:
     """How a component runs."""
     if not row.int8:
         return row.precision
-    smooth = "off" if row.smooth_quant < 0 else f"{row.smooth_quant:g}"
-    how = f"smoothing {smooth}, {row.ranges}" if row.ranges else "weights alone"
+    how = f"smoothing {smoothing(row)}, {row.ranges}" if row.ranges else "weights alone"
     floats = f"; in float: {some(row.keep_float)}" if row.keep_float else ""
     return f"INT8, {how}, the rest {row.precision}{floats}"
 

@@ -144,6 +144,9 @@ class Pruning(Strict):
     zero_weights: int = 0
 
 
+Smoothing = float | Literal["auto"]
+
+
 class Trial(Strict):
     """One form of a component, on held-back calibration samples.
 
@@ -153,7 +156,7 @@ class Trial(Strict):
     pareto                no other trial is as fast and as close to FP32;  chosen  what goes on
     """
 
-    smooth_quant: float
+    smooth_quant: Smoothing
     ranges: str
     sqnr_db: float
     int8: bool = True
@@ -188,7 +191,7 @@ class Tuned(Strict):
     component: str
     wanted_db: float
     sqnr_db: float
-    smooth_quant: float
+    smooth_quant: Smoothing
     ranges: str
     keep_float: tuple[str, ...]
     trials: tuple[Trial, ...]

@@ -11,14 +11,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from edgemm import plugins
 from edgemm.artifact import Artifact, build
-from edgemm.console import log, progress
-from edgemm.data import split
+from edgemm.console import log
 from edgemm.errors import InputError
+from edgemm.graph import matches
 from edgemm.graph.centering import center_vocabulary
 from edgemm.graph.embeddings import int8_tables
 from edgemm.graph.lower import kept_in_float32, lower
@@ -28,14 +27,14 @@ from edgemm.graph.unsigned import unsigned_activations
 from edgemm.host import adds_in_16_bits, host_isa
 from edgemm.models import find_family, read_model
 from edgemm.recipe import Recipe
+from edgemm.recording import record, spread
 from edgemm.report.schema import Saturation, Settled
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Tensors
-from edgemm.runtime.session import open_directory
 from edgemm.simulation import unbiased
 from edgemm.target import Target
 
-STEPS = 4
+CHOOSERS = "*key_tokens*"  # layers that choose tokens: pruners/key_tokens.py
 HALF = 64  # samples of each half whose ranges are compared
 TOOLS = ("nncf", "neural-compressor", "torchao", "torch", "onnx", "onnxruntime", "easy-vqa")
 
@@ -144,7 +143,17 @@ class Work:
         found = {n: plugins.options("quantizers", self.uses[n], quantize.of(n), where) for n in self.specs}
         for name, options in found.items():
             check_dialect(name, options, self.target)
-        return found
+        return {n: self.choosers_in_float(n, options) for n, options in found.items()}
+
+    def choosers_in_float(self, name: str, options: Any) -> Any:
+        """The options with what chooses the tokens that stay left in float: rounded, it chooses other ones."""
+        floats = getattr(options, "keep_float", None)
+        if floats is None or not any(use.use == "key_tokens" for use in self.recipe.prune):
+            return options
+        nodes = onnx.load(self.graph.path / f"{name}.onnx", load_external_data=False).graph.node
+        if CHOOSERS in floats or not any(matches(node, CHOOSERS) for node in nodes):
+            return options
+        return options.model_copy(update={"keep_float": (*floats, CHOOSERS)})
 
     @cached_property
     def calls(self) -> dict[str, Any]:
@@ -276,53 +285,3 @@ def bound(quantizers: dict[str, Any], model: Artifact | None) -> dict[str, Any]:
         name: partial(q.quantize, component=components.get(name)) if getattr(q, "NEEDS_MODULE", False) else q.quantize
         for name, q in quantizers.items()
     }
-
-
-def record(
-    graph: Artifact, recipe: Recipe, wanted: set[str], judged_with: dict[str, Any] | None = None
-) -> dict[str, list[Tensors]]:
-    """The inputs of each component as the FP32 graph meets them on the calibration samples; none of unwanted ones.
-
-    A decoder meets one input a token: STEPS of each sample are kept, spread over its length.
-
-    judged_with   program.json with the shapes that a target fixes, to which shorter inputs are padded: the samples
-                  that a search is judged on; None: those that give ranges
-    """
-    session = open_directory(graph.path, **({"components": judged_with["components"]} if judged_with else {}))
-    recorded: dict[str, list[Tensors]] = {name: [] for name in session.components}
-    if not wanted:
-        return recorded
-    calibration, _ = split(recipe, lambda: graph.json("program.json"))
-    if len(calibration) < recipe.calibration:
-        log(f"calibration: {len(calibration)} samples, of {recipe.calibration} that the recipe asks for")
-    held = spread(calibration, min(recipe.quantize.held if recipe.quantize else 0, len(calibration) // 2))
-    ids = {s.id for s in held}
-    calibration = held or calibration[:1] if judged_with else [s for s in calibration if s.id not in ids]
-    for sample in progress(calibration, "calibration samples"):
-        met: dict[str, list[Tensors]] = defaultdict(list)
-        session.observe = lambda name, tensors, met=met: met[name].append(dict(tensors))
-        tensors = session.tensors(sample.query)
-        known = session.infer(tensors)
-        if session.decoder in wanted:
-            session.generate(known, sample.text)
-        if broken := [n for n, v in known.items() if v.dtype.kind == "f" and np.isnan(v).any()]:
-            raise InputError(
-                f"calibration sample {sample.id}: the FP32 model makes NaN of it, first in {broken[0]}",
-                fix="leave the row out; if all rows do so, the weights are broken",
-            )
-        for name in wanted:
-            recorded[name] += met[name][:: max(1, len(met[name]) // STEPS)]
-    if unmet := sorted(name for name in wanted if not recorded[name]):
-        ports = session.components[unmet[0]].spec["inputs"]
-        raise InputError(
-            f"none of {len(calibration)} calibration samples reaches {unmet[0]}: "
-            f"it needs {', '.join(p['name'] for p in ports)}",
-            fix=f"give rows with {' and '.join(session.sources)} in the train split",
-        )
-    return recorded
-
-
-def spread(samples: Sequence[Any], n: int) -> list[Any]:
-    """At most `n` of the samples, evenly spread."""
-    step = max(1, len(samples) // max(1, n))
-    return list(samples[step // 2 :: step])[:n]

@@ -129,9 +129,9 @@ def may_import(module: str, imported: str) -> bool:
         return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "device":
         return other in ("core", "runtime", own) or imported in SHARED
-    if own in ("stages", "recheck", "recovery", "simulation"):
+    if own in ("stages", "recheck", "recording", "recovery", "simulation"):
         shared = ("core", "runtime", "report", "verdict", "parity", "levels", "graph", "device")
-        if own == "stages" and other in ("recovery", "simulation"):
+        if own == "stages" and other in ("recording", "recovery", "simulation"):
             return True
         return other in shared or imported in SHARED or imported == module
     tops = ("pipeline", "inspection", "conformance", "device_report", "triton", "oci")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgemm import recording
 from edgemm.data import Sample
 from edgemm.errors import InputError
 from edgemm.quantizers import nncf, onnxruntime
@@ -40,10 +41,10 @@ def record(monkeypatch: pytest.MonkeyPatch, texts: list[str | None], asked: int 
     samples = [
         Sample(id=str(i), group=str(i), image=None if t else b"x", text=t, label=None) for i, t in enumerate(texts)
     ]
-    monkeypatch.setattr(stage, "open_directory", lambda path: Session())
-    monkeypatch.setattr(stage, "split", lambda recipe, program: (samples, []))
+    monkeypatch.setattr(recording, "open_directory", lambda path: Session())
+    monkeypatch.setattr(recording, "split", lambda recipe, program: (samples, []))
     graph: Any = SimpleNamespace(path=None, json=lambda name: {})
-    return stage.record(graph, Recipe(name="x", calibration=asked), {"vision", "words"})
+    return recording.record(graph, Recipe(name="x", calibration=asked), {"vision", "words"})
 
 
 def test_what_each_component_meets_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

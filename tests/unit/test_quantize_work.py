@@ -14,8 +14,9 @@ from edgemm.graph.bypass import quantized_products
 from edgemm.graph.saturation import pairs
 from edgemm.quantizers import nncf
 from edgemm.recipe import load_recipe
+from edgemm.recording import spread
 from edgemm.simulation import answers, simulated
-from edgemm.stages.quantize import Work, spread
+from edgemm.stages.quantize import Work
 from edgemm.target import Target
 from tests.unit.test_tuning import SPEC, WIDTH, graph, samples
 
@@ -50,6 +51,25 @@ def test_what_a_cpu_without_vnni_gets_is_proven(tmp_path: Path, isa: str, seven:
     else:
         assert (found.seven_bits, found.floats) == ((), ())
         assert found.unproven
+
+
+@pytest.mark.parametrize(
+    ("named", "prune", "floats"),
+    [
+        ("fusion/key_tokens/MatMul", [{"use": "key_tokens", "keep": 2}], ("Conv", "*key_tokens*")),
+        ("fusion/key_tokens/MatMul", [], ("Conv",)),
+        ("fusion/fc1/MatMul", [{"use": "key_tokens", "keep": 2}], ("Conv",)),
+    ],
+)
+def test_what_chooses_tokens_stays_float(tmp_path: Path, named: str, prune: list[Any], floats: tuple[str, ...]) -> None:
+    model = graph()
+    model.graph.node[0].name = named
+    plain = build("graph", tmp_path, config={}, make=lambda out: onnx.save(model, out / "g.onnx"))
+    quantize = {"use": "nncf", "keep_float": ["Conv"]}
+    recipe = load_recipe("default", {"data": "easy_vqa", "prune": prune, "quantize": quantize})
+    found = Work(plain, recipe, Target(name="t", backend="openvino"), tmp_path)
+    vars(found).update({"specs": {"g": SPEC}})
+    assert found.options["g"].keep_float == floats
 
 
 def test_samples_are_spread() -> None:

@@ -12,15 +12,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.artifact import Artifact, build
+from edgemm.backends import openvino as backend
 from edgemm.errors import InputError
 from edgemm.graph.bypass import bypass, quantized_products
-from edgemm.quantizers import nncf
+from edgemm.quantizers import nncf, onnxruntime
 from edgemm.recipe import Quantize, QuantizeSearch, Recipe
 from edgemm.report.schema import Trial, Tuned
+from edgemm.runtime import openvino
+from edgemm.runtime.session import Directory
 from edgemm.simulation import answers, simulated, sqnr_db
 from edgemm.target import Target
 from edgemm.trials import Bench, Form
-from edgemm.tuning import Switches, fastest, pareto, tune_component
+from edgemm.tuning import Switches, fastest, pareto, settings, tune_component
 
 WIDTH, OUTLIERS = 32, (3, 11, 25)
 SPEC: dict[str, Any] = {
@@ -215,6 +218,34 @@ def test_switches_are_what_bypassing_is() -> None:
     for floats in ((), ("product_1",), ("product_0", "product_2")):
         got = answers(simulated(bypass(made, floats), SPEC), switch.held)
         assert switch.without(floats) == pytest.approx(sqnr_db(plain, got), abs=1e-6)
+
+
+def test_alpha_of_each_layer_is_tried(tmp_path: Path) -> None:
+    found = tuned(graph(), tmp_path, smooth_quant=("auto",))
+    assert (found.smooth_quant, found.keep_float) == ("auto", ())
+    assert found.sqnr_db > 25
+
+
+def test_a_quantizer_is_given_what_it_has() -> None:
+    search = QuantizeSearch(smooth_quant=(-1,), ranges=("mse", "entropy"))
+    assert settings(nncf.Options(), search) == [{"smooth_quant": -1, "ranges": "mse"}]
+    assert settings(onnxruntime.Options(), search) == [{"smooth_quant": -1, "ranges": "entropy"}]
+    with pytest.raises(InputError, match=r"search\.ranges: entropy is nothing .*\n  fix: it has minmax"):
+        settings(nncf.Options(), QuantizeSearch(ranges=("entropy",)))
+
+
+def test_float_weights_take_half_the_room_where_they_compute_in_bf16(tmp_path: Path) -> None:
+    model = graph(4, outliers=())
+    onnx.save(model, tmp_path / "g.onnx")
+    plain, sizes = answers(simulated(model, SPEC), samples(4)), {}
+    for precision in ("f32", "bf16"):
+        backend.compile_component(
+            tmp_path / "g.onnx", tmp_path, {}, Target(name="t", backend="openvino"), {}, precision
+        )
+        sizes[precision] = (tmp_path / "g.bin").stat().st_size
+        call = openvino.compile_component(Directory(tmp_path), SPEC, {"threads": 1, "precision": "f32"})
+        assert sqnr_db(plain, answers(call, samples(4))) > (60 if precision == "bf16" else 100)
+    assert sizes["bf16"] < 0.6 * sizes["f32"]
 
 
 def test_all_products_bypassed_leave_the_weights_rounding_alone() -> None:
