@@ -20,7 +20,7 @@ from tests import checkpoints
 TOLERANCE = 1e-4
 # The clock decides no test, and tables of embeddings stay FP32.
 UNGATED = ("--set", "target.budgets.min_speedup=null", "--set", "target.budgets.max_size_ratio=null")
-QUICK = ("--set", "verify.rounds=8")
+QUICK = ("--set", "verify.rounds=4")
 COMPONENTS = {
     "clip": ["image_encoder", "text_encoder"],
     "vilt": ["image_encoder", "fusion"],
