@@ -124,4 +124,5 @@ class Bench:
         shapes = {p["name"]: p["shape"] for p in self.component["inputs"]} if self.target.static else {}
         cache = dict(self.program["output"]["cache"]) if is_decoder(self.component, self.program) else {}
         backend = plugins.plugin("backends", self.target.backend)
-        backend.compile_component(graph.path / f"{name}.onnx", folder, shapes, self.target, cache, precision)
+        target = self.target.model_copy(update={"precision": precision})
+        backend.compile_component(graph.path / f"{name}.onnx", folder, shapes, target, cache)

@@ -14,12 +14,7 @@ FIX = "pip install 'edgemm[onnxruntime]'"
 
 
 def compile_component(
-    onnx_file: Path,
-    out: Path,
-    shapes: Mapping[str, list[int | str]],
-    target: Target,
-    cache: Mapping[str, str],
-    precision: str = "f32",
+    onnx_file: Path, out: Path, shapes: Mapping[str, list[int | str]], target: Target, cache: Mapping[str, str]
 ) -> None:
     """Write `out`/<name>.onnx; ONNX Runtime optimizes it where it is loaded.
 

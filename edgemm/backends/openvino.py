@@ -12,18 +12,13 @@ TOOLS = ("openvino",)
 
 
 def compile_component(
-    onnx_file: Path,
-    out: Path,
-    shapes: Mapping[str, list[int | str]],
-    target: Target,
-    cache: Mapping[str, str],
-    precision: str = "f32",
+    onnx_file: Path, out: Path, shapes: Mapping[str, list[int | str]], target: Target, cache: Mapping[str, str]
 ) -> None:
     """Convert one component to `out`/<name>.xml and .bin.
 
     shapes   shape of each input by name, with a name for an axis that stays dynamic; empty keeps all as exported
     cache    input -> the output that comes back as it in the next call: the graph keeps it (OpenVINO's variables)
-    precision  of what is not INT8; for bf16, which has fewer bits yet, those weights are stored in FP16, half the size
+    Where the target computes in bf16, which has fewer bits yet, float weights are stored in FP16, half the size.
     """
     try:
         import openvino as ov
@@ -37,7 +32,7 @@ def compile_component(
         passes = Manager()
         passes.register_pass(MakeStateful(dict(cache)))
         passes.run_passes(model)
-    ov.save_model(model, str(out / f"{onnx_file.stem}.xml"), compress_to_fp16=precision == "bf16")
+    ov.save_model(model, str(out / f"{onnx_file.stem}.xml"), compress_to_fp16=target.precision == "bf16")
 
 
 def doctor() -> str:

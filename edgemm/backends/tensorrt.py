@@ -16,12 +16,7 @@ TOOLS = ("tensorrt", "onnx")
 
 
 def compile_component(
-    onnx_file: Path,
-    out: Path,
-    shapes: _tensorrt.Profile,
-    target: Target,
-    cache: Mapping[str, str],
-    precision: str = "f32",
+    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target, cache: Mapping[str, str]
 ) -> dict[str, Any]:
     """The graph itself, linted, for the device to build from; with `compile: host`, the engine too.
 

@@ -14,12 +14,7 @@ TOOLS = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "onnx")
 
 
 def compile_component(
-    onnx_file: Path,
-    out: Path,
-    shapes: _tensorrt.Profile,
-    target: Target,
-    cache: Mapping[str, str],
-    precision: str = "f32",
+    onnx_file: Path, out: Path, shapes: _tensorrt.Profile, target: Target, cache: Mapping[str, str]
 ) -> dict[str, Any]:
     """Build `out`/<component>.<precision>.engine of <component>.<precision>.onnx; what the engine is made of."""
     return _tensorrt.compile_engine(library(), onnx_file, out, shapes, target)

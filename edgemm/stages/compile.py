@@ -37,10 +37,10 @@ def compile_engine(graph: Artifact, target: Target, precision: str, runs: Path) 
             name = component["name"]
             log(f"compile {graph.manifest.kind} {name} for {target.name}")
             cache = dict(program["output"]["cache"]) if is_decoder(component, program) else {}
-            floats = component.get("precision") or precision
+            own = target.model_copy(update={"precision": component.get("precision") or precision})
             stems = (name, *(f"{name}.{p}" for p in target.precisions))
             for file in filter(Path.is_file, (graph.path / f"{stem}.onnx" for stem in stems)):
-                if made := backend.compile_component(file, out, shapes.get(name, {}), target, cache, floats):
+                if made := backend.compile_component(file, out, shapes.get(name, {}), own, cache):
                     layers[file.stem] = made
         if layers:
             (out / "layers.json").write_text(json.dumps(layers), encoding="utf-8")

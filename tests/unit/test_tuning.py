@@ -239,9 +239,8 @@ def test_float_weights_take_half_the_room_where_they_compute_in_bf16(tmp_path: P
     onnx.save(model, tmp_path / "g.onnx")
     plain, sizes = answers(simulated(model, SPEC), samples(4)), {}
     for precision in ("f32", "bf16"):
-        backend.compile_component(
-            tmp_path / "g.onnx", tmp_path, {}, Target(name="t", backend="openvino"), {}, precision
-        )
+        target = Target(name="t", backend="openvino", precision=precision)
+        backend.compile_component(tmp_path / "g.onnx", tmp_path, {}, target, {})
         sizes[precision] = (tmp_path / "g.bin").stat().st_size
         call = openvino.compile_component(Directory(tmp_path), SPEC, {"threads": 1, "precision": "f32"})
         assert sqnr_db(plain, answers(call, samples(4))) > (60 if precision == "bf16" else 100)
