@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextAttention
 
 from edgemm.models import AttentionBlock, Component, _transformers
 from edgemm.models import Tensor as Port
-from edgemm.models._attentions import bert_attention
+from edgemm.models._attentions import bert_attention, vit_attention
 from edgemm.models._decoder import (
     DEFAULT_NEW_TOKENS,
     HIDDEN,
@@ -37,6 +37,30 @@ from edgemm.models._decoder import (
 from edgemm.models._processors import image_spec, text_spec
 
 CLASSES = {c.__name__: c for c in (BlipForQuestionAnswering, BlipForConditionalGeneration, BlipForImageTextRetrieval)}
+
+
+class ImageAttention(nn.Module):
+    """BlipAttention whose q, k and v are layers of their own and not one matrix, so that heads can leave."""
+
+    def __init__(self, fused: BlipAttention) -> None:
+        super().__init__()
+        self.num_attention_heads, self.head_dim = fused.num_heads, fused.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(fused.embed_dim, fused.embed_dim) for _ in range(3))
+        for i, linear in enumerate((self.q_proj, self.k_proj, self.v_proj)):
+            linear.weight = nn.Parameter(fused.qkv.weight.detach().chunk(3)[i].clone())
+            linear.bias = nn.Parameter(fused.qkv.bias.detach().chunk(3)[i].clone())
+        self.o_proj = fused.projection
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        query, key, value = (heads(of(hidden_states), self.head_dim) for of in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(query * self.head_dim**-0.5, key, value, None)), None
+
+
+def split(model: nn.Module) -> None:
+    """Put ImageAttention in the place of each BlipAttention."""
+    for module in [*model.modules()]:
+        if isinstance(own := getattr(module, "self_attn", None), BlipAttention):
+            module.self_attn = ImageAttention(own)
 
 
 class ImageEncoder(nn.Module):
@@ -155,7 +179,7 @@ def padding(mask: Tensor) -> Tensor:
 
 
 def load(directory: Path) -> Any:
-    return _transformers.load(directory, _transformers.choose(directory, CLASSES), attentions)
+    return _transformers.load(directory, _transformers.choose(directory, CLASSES), attentions, split)
 
 
 def save(model: Any, directory: Path, source: Path) -> None:
@@ -205,11 +229,10 @@ def _generation(text_decoder: Any, states: Port, *masks: Port) -> list[Component
 
 
 def attentions(model: Any) -> list[AttentionBlock]:
-    """Every layer. The image encoder's q, k and v are one matrix: it is listed and not pruned."""
     blocks = []
     for name, module in model.named_modules():
-        if isinstance(module, BlipAttention):
-            blocks.append(AttentionBlock(name, "self", "image", "image", module.num_heads, module.head_dim))
+        if isinstance(module, ImageAttention):
+            blocks.append(vit_attention(name, module))
         elif isinstance(module, BlipTextAttention):
             cross = name.endswith("crossattention")
             keys = "image" if cross else "text"

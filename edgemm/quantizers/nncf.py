@@ -24,7 +24,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 class Options(Static):
-    """`smooth_quant`: SmoothQuant alpha for matmuls, -1 for off; auto: each LayerNorm's own, by edgemm's folding.
+    """`smooth_quant`: auto: each LayerNorm's own alpha, folded into it by edgemm; a number: NNCF's for all; -1 for off.
 
     Where layers have alphas of their own, all of them are folded into LayerNorms, and NNCF's SmoothQuant is off.
     ranges       how activations' ranges are found; percentile: 0.01 to 99.99 % of the values; mse: least squared error
@@ -36,7 +36,7 @@ class Options(Static):
     """
 
     preset: Literal["performance", "mixed"] = "performance"
-    smooth_quant: Alpha = Field(0.5)
+    smooth_quant: Alpha = Field("auto")
     ranges: Literal["minmax", "percentile", "mse"] = "minmax"
     weight_only: bool = False
     bits: Literal[8, 4] = 8

@@ -4,6 +4,7 @@
 
     make bench                       all variants in turn in one process; ratios to the FP32 graph in OpenVINO
     .venv/bin/python tests/bench/compress.py --profile    where the milliseconds go, by kind of layer
+    ... --recipe reasoner-pruned                          what that recipe prunes, against INT8 alone
 
 Medians over interleaved rounds (A B C .. C B A); accuracy on the whole test split.
 """
@@ -43,9 +44,10 @@ ROUNDS, BLOCK, WARM_UP = 20, 10, 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--recipe", default="reasoner")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "edgemm-bench")
     arguments = parser.parse_args()
-    recipe, target = load_recipe("reasoner"), load_target("x86-openvino")
+    recipe, target = load_recipe(arguments.recipe), load_target("x86-openvino")
     runs: Path = arguments.runs
     source = load(recipe, runs)
     graphs = variants(source, recipe, target, runs)

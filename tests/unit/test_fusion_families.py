@@ -368,7 +368,7 @@ def test_pruned_heads_stay_pruned_on_disk(name: str, tmp_path: Path) -> None:
         (
             "blip-vqa",
             {
-                ("self", "image", "image", False): 2,
+                ("self", "image", "image", True): 2,
                 ("self", "text", "text", True): 4,
                 ("cross", "text", "image", True): 2,
                 ("cross", "text", "text+image", True): 2,
@@ -377,7 +377,7 @@ def test_pruned_heads_stay_pruned_on_disk(name: str, tmp_path: Path) -> None:
         (
             "blip-caption",
             {
-                ("self", "image", "image", False): 2,
+                ("self", "image", "image", True): 2,
                 ("self", "text", "text", True): 2,
                 ("cross", "text", "image", True): 2,
             },

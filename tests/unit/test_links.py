@@ -55,12 +55,24 @@ def test_every_edge_of_a_family_has_its_row(name: str, tmp_path: Path) -> None:
         edges
         == {
             "vilt": {("merged", a, b) for a in ("text", "image") for b in ("text", "image")},
-            "blip": {("self", "text", "text"), ("cross", "text", "image"), ("cross", "text", "text+image")},
+            "blip": {
+                ("self", "image", "image"),
+                ("self", "text", "text"),
+                ("cross", "text", "image"),
+                ("cross", "text", "text+image"),
+            },
             "clip": {("self", "text", "text"), ("self", "image", "image")},
         }[name]
     )
     assert all(len(x["heads"]) == 4 and min(x["heads"]) > 0 for x in found["layers"])
-    assert bool(found["fused"]) == (name == "blip")
+    assert not found["fused"]
+
+
+def test_layers_whose_heads_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
+    checkpoints.bare("vit-gpt2").save_pretrained(tmp_path)
+    found = link_map(str(tmp_path), None)
+    assert found["fused"] and all(name.startswith("decoder.transformer.h.") for name in found["fused"])
+    assert not {x["name"] for x in found["layers"]} & {*found["fused"]}
 
 
 def test_the_parts_of_a_merged_layer_are_those_of_its_sequence(tmp_path: Path) -> None:
