@@ -17,12 +17,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import schemathesis
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import urllib3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tritonclient.grpc import service_pb2
 
 from edgemm import load_bundle
@@ -353,6 +356,25 @@ def test_no_bytes_break_it(server: Server, body: bytes) -> None:
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(4096):
             pass
+
+
+def test_nothing_that_its_schema_allows_or_forbids_breaks_it(server: Server) -> None:
+    """Statuses, types and bodies are those of /openapi.json; what it forbids is refused, and nothing is 5xx."""
+    operations = [
+        o.ok() for o in schemathesis.openapi.from_url(f"http://{server.http}/openapi.json").get_all_operations()
+    ]
+    assert len(operations) == 12
+    for operation in operations:
+        given_any = len(operation.body) or len(operation.path_parameters)
+        for mode in GenerationMode if given_any else (GenerationMode.POSITIVE,):
+
+            @settings(max_examples=30, deadline=None, suppress_health_check=[*HealthCheck])
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def holds(case: Any) -> None:
+                # A tensor may have the right type and the wrong name.
+                case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+            holds()
 
 
 def test_it_is_still_there(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""HTTP: the Open Inference Protocol's routes, /v1/answer for files, and /metrics."""
+"""HTTP: the Open Inference Protocol's routes, /v1/answer for files, /metrics and /openapi.json."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from edgemm.errors import EdgemmError, InputError
 from edgemm.runtime.serving.json_protocol import parse, render
+from edgemm.runtime.serving.openapi import document
 from edgemm.runtime.serving.options import ControlMode
 from edgemm.runtime.serving.service import EXTENSIONS, NotFound, Service, one_line
 from edgemm.runtime.serving.work import Expired, Failed, Rejected
@@ -189,6 +190,9 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
         await run_in_threadpool(service.reload, model.name)
         return Response(status_code=200)
 
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(document(version, service.models.values(), loads=control == "explicit"))
+
     async def show_metrics(request: Request) -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -203,6 +207,7 @@ def build(service: Service, version: str, control: ControlMode) -> Starlette:
         Route("/v2/repository/index", answered(index), methods=["POST"]),
         Route("/v1/answer", answered(answer), methods=["POST"]),
         Route("/metrics", show_metrics),
+        Route("/openapi.json", openapi),
     ]
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
