@@ -28,7 +28,7 @@ def bert_attention(
 
 
 def vit_attention(name: str, module: Any) -> AttentionBlock:
-    """As ViT and DeiT."""
+    """As ViT and DeiT, and BLIP's images once q, k and v are layers."""
     linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
     sizes, resize = (module.num_attention_heads, module.head_dim), partial(setattr, module, "num_attention_heads")
     return AttentionBlock(name, "self", "image", "image", *sizes, *linears, resize)

@@ -38,7 +38,7 @@ ROUNDS, BLOCK, WARM_UP = 12, 5, 5
 SPOKEN, CALIBRATION = 300, 64
 OPENVINO: dict[str, dict[str, Any]] = {
     "nncf": {"use": "nncf"},
-    "nncf, alpha a layer": {"use": "nncf", "smooth_quant": "auto"},
+    "nncf, its own smoothing": {"use": "nncf", "smooth_quant": 0.5},
     "onnxruntime": {"use": "onnxruntime"},
     "neural_compressor": {"use": "neural_compressor"},
 }
