@@ -20,7 +20,7 @@ from edgemm.errors import InputError, ToolchainError
 
 MEDIA = ("image", "audio")
 LABELS = ("label", "answer", "caption", "transcript")
-TEXTS = ("text", *LABELS, "boxes", "split", "id")
+TEXTS = ("text", *LABELS, "boxes", "split", "id", "kind")
 MEMBERS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp"), "image"),
     **dict.fromkeys(("wav", "flac", "mp3", "ogg"), "audio"),

@@ -20,6 +20,7 @@ FPS = 8  # frames a second
 COURSES = ("onto", "onto", "onto", "onto", "hits", "leaves")  # what the mover does, drawn from these
 OVERLAP = 7  # from centre to centre when one thing lies on another, pixels: something of both is seen
 CLEAR = 18  # pixels from the third thing to the mover's way at least: they never touch
+SHORTEST = 12  # pixels that the mover goes at least: it is seen in each frame
 SPACING = 2  # frames between two events at least
 WORDS = {
     "appears": "the {} appears",
@@ -167,6 +168,7 @@ def _clip(rng: random.Random) -> Clip:
             and min(abs(change - start), abs(change - end)) >= SPACING
             and (change > start) + (change > end) == earlier
             and 8 <= end <= FRAMES - 2
+            and math.dist(*way) >= SHORTEST
             and _distance(guest, *way) >= CLEAR
         ):
             break

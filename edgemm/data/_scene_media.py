@@ -24,6 +24,17 @@ GAP = 0.1  # seconds of silence between things
 LOWEST, STEP = 300.0, 2 ** (1 / 3)  # pitch of the first colour, Hz; from each colour to the next
 EDGE = 0.005  # seconds in which a tone swells and dies down: no clicks
 WORDS_A_MINUTE = "160"
+A, B = 0.35, 0.45  # half the width of the cross's arms; how far the star's inner corners are from its centre
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
+    "star": [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate((1, B) * 5)],
+    "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
+    "cross": [
+        *[(-A, -1), (A, -1), (A, -A), (1, -A), (1, A), (A, A)],
+        *[(A, 1), (-A, 1), (-A, A), (-1, A), (-1, -A), (-A, -A)],
+    ],
+}  # corners, in units of the size
 
 
 def draw(scene: Scene) -> NDArray[np.uint8]:
@@ -44,36 +55,6 @@ def paint(things: Iterable[Thing]) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def _star() -> list[tuple[float, float]]:
-    return [
-        ((0.45 if i % 2 else 1.0) * math.sin(i * math.pi / 5), -(0.45 if i % 2 else 1.0) * math.cos(i * math.pi / 5))
-        for i in range(10)
-    ]
-
-
-A = 0.35  # half the width of the cross's arms
-OUTLINES = {
-    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-    "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
-    "star": _star(),
-    "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
-    "cross": [
-        (-A, -1),
-        (A, -1),
-        (A, -A),
-        (1, -A),
-        (1, A),
-        (A, A),
-        (A, 1),
-        (-A, 1),
-        (-A, A),
-        (-1, A),
-        (-1, -A),
-        (-A, -A),
-    ],
-}
-
-
 def tones(scene: Scene) -> NDArray[np.float32]:
     """A scene as sound -> float32[n], 16 kHz mono, full scale 1.
 
@@ -81,11 +62,11 @@ def tones(scene: Scene) -> NDArray[np.float32]:
     is the colour, the course the shape, the length the size.
     """
     silence = np.zeros(round(GAP * RATE), np.float32)
-    pieces = [piece for thing in sorted(scene.things, key=lambda t: t.cell) for piece in (silence, _tone(thing))]
+    pieces = [piece for thing in sorted(scene.things, key=lambda t: t.cell) for piece in (silence, tone(thing))]
     return np.concatenate(pieces[1:])
 
 
-def _tone(thing: Thing) -> NDArray[np.float32]:
+def tone(thing: Thing) -> NDArray[np.float32]:
     """circle: steady; square: two beats; triangle: rising; diamond: falling; star: trilling; cross: three beats."""
     seconds = SECONDS[thing.size]
     at = np.arange(round(seconds * RATE)) / RATE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 
@@ -29,7 +30,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Negative:
-    """A caption that is not true though all its words are. kind: "binding" or "relation", which is wrong."""
+    """A caption in the words of a true one that is not true. kind: "binding" or "relation", what is wrong in it."""
 
     kind: str
     text: str
@@ -91,7 +92,7 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
     return [question for question in asked if question]
 
 
-def _yes_or_no(kind: str, true: list[str], false: list[str], rng: random.Random) -> Question | None:
+def _yes_or_no(kind: str, true: Collection[str], false: Collection[str], rng: random.Random) -> Question | None:
     """One of the questions whose answer is yes or one whose answer is no, each half of the time."""
     if not true or not false:
         return None
@@ -144,7 +145,9 @@ def _number(scene: Scene, **wanted: str) -> int:
 
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
     """How two things stand to each other, or of what shape the one thing is that stands so to another."""
-    true, false, which = [], [], []
+    true: list[str] = []
+    false: list[str] = []
+    which: list[Question] = []
     for a, b in permutations(scene.things, 2):
         for relation in OPPOSITES:
             text = f"is the {a.name} {relation} the {b.name}?"
@@ -156,14 +159,15 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
 
 def _implied(scene: Scene, rng: random.Random) -> Question | None:
     """What a thing would run into, or whether two things are alike: what no single fact tells."""
-    ways = [_yes_or_no("implication", *map(list, way), rng) for way in (_reached(scene), _alike(scene))]
+    ways = [_yes_or_no("implication", *way, rng) for way in (_reached(scene), _alike(scene))]
     possible = [question for question in ways if question]
     return rng.choice(possible) if possible else None
 
 
 def _reached(scene: Scene) -> tuple[set[str], set[str]]:
     """Questions whether a thing that moved would run into another first: (true, false)."""
-    true, false = set(), set()
+    true: set[str] = set()
+    false: set[str] = set()
     for a, b in permutations(scene.things, 2):
         for direction in DIRECTIONS:
             text = f"if the {a.name} moved {direction}, would it reach the {b.name} first?"
@@ -180,7 +184,8 @@ def first_reached(scene: Scene, thing: Thing, direction: str) -> Thing | None:
 
 def _alike(scene: Scene) -> tuple[set[str], set[str]]:
     """Questions whether two things, told apart by their shapes or by their colours, share the rest: (true, false)."""
-    true, false = set(), set()
+    true: set[str] = set()
+    false: set[str] = set()
     for a, b in permutations(scene.things, 2):
         if _number(scene, shape=a.shape) == _number(scene, shape=b.shape) == 1:
             text = f"do the {a.shape} and the {b.shape} have the same colour?"

@@ -7,6 +7,7 @@ Columns; at least one of the first three:
     boxes          a box [x0,y0,x1,y1] in 0..1000 for each word of `text`; in CSV written as JSON
     split          train or calibration; validation, test or verification
     id             unique; without it the number of the row
+    kind           what sort of row it is, for tables
 
 The user wrote the file, so a path may lead anywhere on this machine; what it names is opened only as an image or a
 recording, and a URL is no file.
@@ -68,18 +69,19 @@ def read(path: Path, tolerance: float) -> dict[str, list[Sample]]:
     for number, (row, name, split) in enumerate(zip(progress(rows, f"read {path.name}"), ids, splits, strict=True), 1):
         where = f"row {number}" if name == str(number) else f"row {number} ({name})"
         text = _text(row.get("text"), f"{path}: {where}: text") or ""
+        kind = _text(row.get("kind"), f"{path}: {where}: kind") or ""
         label = _label(next((row[n] for n in LABELS if n in row), None), f"{path}: {where}: the label")
         try:
-            media = {kind: found for kind in MEDIA if (found := _media(row.get(kind), kind, folder)) is not None}
+            media = {m: found for m in MEDIA if (found := _media(row.get(m), m, folder)) is not None}
             if not media and not text.strip():
                 raise _Broken("no image, no audio and no text")
-            digests = [_check(found, kind, decoded) for kind, found in media.items()]
+            digests = [_check(found, medium, decoded) for medium, found in media.items()]
             boxes = _boxes(row.get("boxes"), text)
         except _Broken as e:
             broken.append(f"{where}: {e}")
             continue
         sample = Sample(
-            name, "", media.get("image"), text if text.strip() else None, label, "", media.get("audio"), boxes
+            name, "", media.get("image"), text if text.strip() else None, label, kind, media.get("audio"), boxes
         )
         usable.append(_Usable(sample, tuple(digests) or (_sha256(text.encode()),), split, where))
     _count(path, broken, len(rows), tolerance)
