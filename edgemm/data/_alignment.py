@@ -7,7 +7,7 @@ turn. The offset is where the cross-correlation of these events with the subtitl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from edgemm.data._scene_world import COLOURS
 from edgemm.errors import InputError
 
 MOST = 8  # frames of drift that are looked for in either direction
-TOLERANCE = 1  # frames of drift that are let be
+TOLERANCE = 1  # frames of drift that are let be; offsets no farther apart are one
 NEIGHBOUR = 0.5  # what an event counts for a subtitle that is one frame off
 ENOUGH = 0.5  # share of subtitles that must find their event
 VISIBLE = 8  # pixels from which on a colour is there
@@ -33,18 +33,6 @@ SORTS = {
     "stops": "arrive",
 }
 CHANNELS = [(colour, sort) for colour in COLOURS for sort in ("come", "go", "start", "arrive")]
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """How late subtitles are.
-
-    frames  how many frames later they stand than what they tell happens; negative: earlier
-    found   share of the subtitles that have their event there, 0 to 1
-    """
-
-    frames: int
-    found: float
 
 
 def events(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -72,8 +60,8 @@ def events(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     return happened.reshape(len(frames), -1)
 
 
-def drift(frames: NDArray[np.uint8], subtitles: Sequence[Subtitle], fps: float) -> Drift:
-    """By how many frames the subtitles are late.
+def drift(frames: NDArray[np.uint8], subtitles: Sequence[Subtitle], fps: float) -> int:
+    """By how many frames subtitles are later than what they tell of; less than 0: earlier.
 
     frames     uint8[F,H,W,3]
     subtitles  each tells of the first colour that it names; one that names no colour and event is passed over
@@ -100,7 +88,7 @@ def drift(frames: NDArray[np.uint8], subtitles: Sequence[Subtitle], fps: float) 
         raise InputError(
             f"subtitles fit the frames as well {rivals[0]} as {best} frames late", fix="give more of the subtitles"
         )
-    return Drift(best, found)
+    return best
 
 
 def _channel(text: str) -> int | None:
@@ -116,12 +104,7 @@ def _score(happened: NDArray[np.float32], frame: int, channel: int) -> float:
     return max((float(value) * (1 if at == frame else NEIGHBOUR) for at, value in near.items()), default=0.0)
 
 
-def aligned(frames: NDArray[np.uint8], subtitles: Sequence[Subtitle], fps: float) -> tuple[list[Subtitle], int]:
-    """The subtitles at their right times, and how many frames they were late: 0 for a drift within TOLERANCE.
-
-    Parameters and errors as those of `drift`.
-    """
-    late = drift(frames, subtitles, fps).frames
-    if abs(late) <= TOLERANCE:
-        return list(subtitles), 0
-    return [replace(s, start_s=s.start_s - late / fps, end_s=s.end_s - late / fps) for s in subtitles], late
+def shifted(subtitles: Sequence[Subtitle], frames: int, fps: float) -> tuple[Subtitle, ...]:
+    """The subtitles so many frames earlier."""
+    seconds = frames / fps
+    return tuple(replace(s, start_s=s.start_s - seconds, end_s=s.end_s - seconds) for s in subtitles)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, permutations
+from itertools import combinations, islice, permutations
 
-from edgemm.data._scene_world import COLOURS, OPPOSITES, SHAPES, SIZES, Scene, Thing, relations
+from edgemm.data._scene_world import COLOURS, OPPOSITES, SHAPES, SIZES, Scene, Thing, relations, scenes
 
 DIRECTIONS = {"right": "right of", "left": "left of", "up": "above", "down": "below"}
 COUNT_WEIGHTS = {0: 2, 1: 2, 2: 3, 3: 6}  # many of one kind are rare
@@ -78,6 +78,13 @@ def hard_negatives(scene: Scene) -> list[Negative]:
             if len({t.name for t in things}) == len(things) and other.meaning != scene.meaning:
                 found.setdefault(kind, Negative(kind, caption(other)))
     return list(found.values())
+
+
+def asked(split: str, seed: int, count: int) -> Iterator[tuple[str, Scene, list[Question]]]:
+    """The first `count` scenes of a split, each with its id and the questions that a data set asks of it."""
+    rng = random.Random(f"questions {split} {seed}")
+    for i, scene in enumerate(islice(scenes(split, seed), count)):
+        yield f"{split}-{i:05d}", scene, questions(scene, rng)
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:

@@ -24,16 +24,15 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from edgemm.console import log, progress
+from edgemm.console import progress
 from edgemm.data import Sample
-from edgemm.data._rows import LABELS, MEDIA, Row, read_rows
+from edgemm.data._rows import LABELS, MEDIA, Row, read_rows, tolerate
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime.audio import read_audio
 from edgemm.runtime.preprocess import FORMATS, MAX_PIXELS
 
 SPLITS = {"train": "train", "calibration": "train", "validation": "test", "test": "test", "verification": "test"}
 CALIBRATION = 5  # one of so many groups of media calibrates
-NAMED = 10  # broken rows in the log
 Boxes = tuple[tuple[int, int, int, int], ...]
 
 
@@ -84,7 +83,7 @@ def read(path: Path, tolerance: float) -> dict[str, list[Sample]]:
             name, "", media.get("image"), text if text.strip() else None, label, kind, media.get("audio"), boxes
         )
         usable.append(_Usable(sample, tuple(digests) or (_sha256(text.encode()),), split, where))
-    _count(path, broken, len(rows), tolerance)
+    tolerate(path, broken, len(rows), tolerance)
     return _divide(path, usable)
 
 
@@ -145,18 +144,6 @@ def _groups(media: list[tuple[str, ...]]) -> list[str]:
             low, high = sorted((smallest(first), smallest(other)))
             smaller[high] = low
     return [smallest(first) for first, *_ in media]
-
-
-def _count(path: Path, broken: list[str], total: int, tolerance: float) -> None:
-    """Log the first broken rows; InputError when they are more than is tolerated."""
-    if not broken:
-        return
-    log(f"{path}: {len(broken)} of {total} rows can't be used: {'; '.join(broken[:NAMED])}")
-    if len(broken) / total > tolerance:
-        raise InputError(
-            f"{path}: {len(broken)} of {total} rows can't be used, first {broken[0]}",
-            fix=f"correct them, leave them out, or accept more: data_tolerance in the recipe, now {tolerance}",
-        )
 
 
 def _text(value: Any, where: str) -> str | None:
