@@ -7,11 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgemm.errors import InputError
-from edgemm.plugins import PACKAGE, options, plugin, validate
+from edgemm.plugins import options, plugin, validate
+from edgemm.yaml_files import override, read_yaml, shipped_files
 
 
 class Strict(BaseModel):
@@ -141,6 +141,36 @@ class Train(Strict):
     model: dict[str, Any] = {}
 
 
+class TrainScenes(Strict):
+    """Two-stage training of the scenes reasoner; see edgemm/reasoner/scenes_train.py.
+
+    scenes, validation_scenes  how many are drawn to learn from, and others to judge by
+    *_weight        of a loss beside that of the answers, which is 1
+    exit_loss       share of the answers that leaving early may cost
+    unfreeze        encoders that go on learning in stage 2; those that don't are run once a scene, not once an epoch
+    patience        so many epochs of stage 2 without a better one end it
+    """
+
+    threads: int = Field(2, ge=1)
+    scenes: int = Field(12_000, ge=16)
+    validation_scenes: int = Field(400, ge=8)
+    scenes_per_batch: int = Field(64, ge=2)
+    questions_per_scene: int = Field(6, ge=1)
+    alignment_epochs: int = Field(10, ge=1)
+    reasoning_epochs: int = Field(20, ge=1)
+    learning_rate: float = Field(6e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    contrastive_weight: float = Field(0.2, ge=0)
+    triplet_weight: float = Field(0.2, ge=0)
+    caption_weight: float = Field(0.2, ge=0)
+    exit_weight: float = Field(0.3, ge=0)
+    exit_loss: float = Field(0.003, ge=0, lt=1)
+    unfreeze: tuple[Literal["text", "image", "audio"], ...] = ("text",)
+    patience: int = Field(4, ge=1)
+    bf16: bool = True
+    model: dict[str, Any] = {}
+
+
 class Recover(Strict):
     """A short distillation from the FP32 model after the passes of `prune`; see edgemm/recovery.py.
 
@@ -202,6 +232,8 @@ class Recipe(Strict):
     quantize: Quantize | None = None
     verify: Verify = Verify()
     train: Train | None = None
+    train_scenes: TrainScenes | None = None
+    smoke: dict[str, Any] = Field({}, description="what `train --smoke` overrides, by dotted path")
 
 
 def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -238,53 +270,3 @@ def check_plugins(recipe: Recipe) -> None:
             validate(Form, recipe.quantize.form_values(component), f"{where}.components.{component}")
             for ranges in recipe.quantize.search.ranges if recipe.quantize.search else ():
                 options("quantizers", use, {**values, "ranges": ranges}, f"{where}.search")
-
-
-def read_yaml(folder: str, name: str) -> tuple[dict[str, Any], str]:
-    """The mapping in a shipped file by NAME or in any file by path, and how errors should call it."""
-    shipped = shipped_files(folder)
-    path = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else shipped.get(name)
-    if path is None:
-        raise InputError(
-            f"no {folder[:-1]} named {name!r}", fix=f"use one of {', '.join(shipped)}, or the path of a .yaml file"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read {folder[:-1]} {path}: {e}", fix="give the path of a readable YAML file") from e
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds {type(values).__name__}, not keys and values", fix="write `key: value` lines")
-    return {"name": path.stem, **values}, str(path)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; InputError naming `where` when it is none."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as e:  # all of them PyYAML's
-        raise InputError(f"{where} is not YAML: {e}", fix="correct it, or quote the value") from e
-
-
-def shipped_files(folder: str) -> dict[str, Path]:
-    """Name -> file of recipes/ or targets/: inside the installed package, beside it in a checkout."""
-    for root in (PACKAGE / folder, PACKAGE.parent / folder):
-        if files := sorted(root.glob("*.yaml")):
-            return {f.stem: f for f in files}
-    return {}
-
-
-def override(values: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` with each dotted PATH set; a path through something that is no mapping or list is an error."""
-    for path, value in overrides.items():
-        *parents, last = path.split(".")
-        node: Any = values
-        try:
-            for part in parents:
-                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-            node[int(last) if isinstance(node, list) else last] = value
-        except (ValueError, IndexError, TypeError, AttributeError) as e:
-            raise InputError(
-                f"--set {path}={value!r}: no such place in {where}", fix="give a dotted path that the file has"
-            ) from e
-    return values

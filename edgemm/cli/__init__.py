@@ -90,7 +90,7 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
 def assignments(values: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`--set PATH=VALUE` (values read as YAML) -> overrides of the recipe, overrides of the target."""
     from edgemm.errors import InputError
-    from edgemm.recipe import parse_yaml
+    from edgemm.yaml_files import parse_yaml
 
     recipe: dict[str, Any] = {}
     target: dict[str, Any] = {}

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from edgemm import console
 from edgemm.plugins import plugin
-from edgemm.recipe import Recipe, check_plugins, shipped_files
+from edgemm.recipe import Recipe, check_plugins
 from edgemm.target import Target
+from edgemm.yaml_files import shipped_files
 
 
 def group(folder: str, load: Callable[[str], BaseModel]) -> typer.Typer:

@@ -21,16 +21,24 @@ def command(
         "trained"
     ),
     seed: Annotated[Optional[int], typer.Option(help="Seed. Default: the recipe's.")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A trial of two minutes, by the recipe's smoke section.")
+    ] = False,
 ) -> None:
     """Train the reference model; the same command resumes an interrupted run.
 
     Prints the path of the model directory.
     """
+    from edgemm.errors import InputError
     from edgemm.recipe import load_recipe
 
     overrides, _ = assignments(set_)
     overrides |= {k: v for k, v in {"data": data, "seed": seed}.items() if v is not None}
     chosen = load_recipe(recipe, overrides)
+    if smoke:
+        if not chosen.smoke:
+            raise InputError(f"recipe {chosen.name} has no smoke section", fix="write what a trial overrides there")
+        chosen = load_recipe(recipe, {**chosen.smoke, **overrides})
 
     from edgemm.pipeline import train
     from edgemm.reasoner.train import keep_freed_memory

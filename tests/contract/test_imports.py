@@ -24,8 +24,9 @@ from pydantic import BaseModel, ValidationError
 from edgemm.errors import InputError
 from edgemm.plugins import PACKAGE, names, plugin
 
-CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host")
+CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host", "yaml_files")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
+TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs")  # families of what edgemm/reasoner/ has
 FRAMEWORKS = (
     "torch",
     "transformers",
@@ -125,7 +126,7 @@ def may_import(module: str, imported: str) -> bool:
     if own == "reasoner":
         return other in ("core", own) or imported == "edgemm.data"
     if own in GROUPS:
-        its_own_model = own == "models" and other == module.rpartition(".")[2] and other not in GROUPS
+        its_own_model = own == "models" and other == "reasoner" and module.rpartition(".")[2] in TRAINED_HERE
         return other in ("core", "runtime", "report", "graph", own) or imported in SHARED or its_own_model
     if own == "device":
         return other in ("core", "runtime", own) or imported in SHARED

@@ -19,10 +19,11 @@ from typer.testing import CliRunner, Result
 import edgemm
 from edgemm import console, plugins
 from edgemm.cli import build_app
-from edgemm.recipe import load_recipe, shipped_files
+from edgemm.recipe import load_recipe
 from edgemm.runtime.archive import HEX_DIGITS
 from edgemm.runtime.bundle import write_bundle
 from edgemm.target import load_target
+from edgemm.yaml_files import shipped_files
 
 GROUPS = {"recipes": load_recipe, "targets": load_target}
 PICKLES = ("pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", "epoch.ckpt")

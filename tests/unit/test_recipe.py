@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from edgemm import host, plugins
 from edgemm.errors import InputError
-from edgemm.recipe import Recipe, check_plugins, load_recipe, override, shipped_files
+from edgemm.recipe import Recipe, check_plugins, load_recipe
 from edgemm.target import Target, load_target
+from edgemm.yaml_files import override, shipped_files
 
 GOOD: dict[str, Any] = {
     "schema": 1,
