@@ -30,6 +30,7 @@ def record(
                   that a search is judged on; None: those that give ranges
     """
     session = open_directory(graph.path, **({"components": judged_with["components"]} if judged_with else {}))
+    session.exits = {}  # what only the unsure reach is to give ranges of all
     recorded: dict[str, list[Tensors]] = {name: [] for name in session.components}
     if not wanted:
         return recorded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,8 +72,13 @@ class Component:
 
 
 class Components(dict[str, Component]):
-    """The components of a model by name, in the order they run; `origins`: the modalities of each one's inputs.
+    """The components of a model by name, in the order they run.
 
+    Several may make the same tensor: the first whose inputs are there does, so that a model has one graph for each
+    set of modalities that it can be given, and the rest of it once.
+
+    origins   the modalities without which each one can't run
+    joint     those that hang on which modalities there are, and so wait until all of a query's are encoded
     sources   modality -> the tensors that its pre-processing makes
     """
 
@@ -83,7 +89,13 @@ class Components(dict[str, Component]):
         for spec in specs:
             found = set().union(*(of.get(port["name"], set()) for port in spec["inputs"]))
             self.origins[spec["name"]] = found
-            of |= {port["name"]: found for port in spec["outputs"]}
+            of |= {port["name"]: found & of.get(port["name"], found) for port in spec["outputs"]}
+        made = Counter(port["name"] for spec in specs for port in spec["outputs"])
+        several, self.joint = {name for name, times in made.items() if times > 1}, set[str]()
+        for spec in specs:
+            if several & {port["name"] for port in (*spec["inputs"], *spec["outputs"])}:
+                self.joint.add(spec["name"])
+                several |= {port["name"] for port in spec["outputs"]}
 
     def load(self, modalities: set[str]) -> None:
         """Compile what runs when these are there, side by side."""

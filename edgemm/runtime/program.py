@@ -35,13 +35,24 @@ class ComponentSpec(Strict):
     precision: Literal["f32", "bf16"] | None = None
 
 
+class Exit(Strict):
+    """`tensor` [B,A] is the answer of each row whose largest probability (softmax) is at least `confidence`."""
+
+    tensor: Name
+    confidence: float = Field(gt=0, le=1)
+
+
 class Labels(Strict):
-    """`tensor` [B,A] scores the A labels; `activation` makes probabilities of them."""
+    """`tensor` [B,A] scores the A labels; `activation` makes probabilities of them.
+
+    exits   where a sure row leaves early: the components behind are not run for it
+    """
 
     kind: Literal["labels"] = "labels"
     tensor: Name
     labels: tuple[str, ...] = Field(min_length=1)
     activation: Literal["softmax", "sigmoid"] = "softmax"
+    exits: tuple[Exit, ...] = ()
 
     @property
     def needs(self) -> set[str]:
@@ -196,8 +207,10 @@ class Program(Strict):
         ports = {p.name: p for c in self.components for p in c.outputs}
         if missing := output.needs - ports.keys():
             raise ValueError(f"the answer needs {min(missing)!r}, which no component makes")
-        if isinstance(output, Labels) and ports[output.tensor].shape[-1] != len(output.labels):
-            raise ValueError(f"{output.tensor!r} has not one value for each of the labels")
+        if isinstance(output, Labels):
+            for tensor in (output.tensor, *(e.tensor for e in output.exits)):
+                if tensor not in ports or ports[tensor].shape[-1] != len(output.labels):
+                    raise ValueError(f"{tensor!r} has not one value for each of the labels")
         if isinstance(output, Generation):
             self._check_decoder(output)
         return self

@@ -20,6 +20,7 @@ from edgemm.errors import InputError
 from edgemm.plugins import validate
 from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.component import Compile, components
+from edgemm.runtime.exits import exits, leave
 from edgemm.runtime.generation import pieces, tokens
 from edgemm.runtime.media import Media
 from edgemm.runtime.program import Generation, Program
@@ -52,6 +53,7 @@ class Session:
         self.sources = checked.sources()
         self.output = self.program["output"]
         self.needs = checked.output.needs
+        self.exits = exits(self.output)
         self.own = checked.output.own if isinstance(checked.output, Generation) else set()
         self.model = sha256 or f"{where} {id(self)}"
         if compile_component is None:
@@ -143,18 +145,22 @@ class Session:
         """Pre-process what the query holds. InputError when it holds nothing that the model takes."""
         return {name: value for part in self.media.parts(query).values() for name, value in part().items()}
 
-    def infer(self, tensors: Tensors) -> dict[str, Array]:
+    def infer(self, tensors: Tensors, *, alone: bool = False) -> dict[str, Array]:
         """All tensors that can be computed from `tensors`, by running the components whose inputs are there.
 
-        A decoder that generates is not run: `generate` does that.
+        A decoder that generates is not run: `generate` does that; nor is what is behind the exit of a sure row.
+        alone   they are of one medium of several: what hangs on which others there are is not run
         """
-        known = dict(tensors)
+        known, left_out = dict(tensors), {self.decoder, *(self.components.joint if alone else ())}
         for name, component in self.components.items():
             inputs, outputs = ({port["name"] for port in component.spec[side]} for side in ("inputs", "outputs"))
-            if name != self.decoder and inputs <= known.keys() and not outputs <= known.keys():
+            if name not in left_out and inputs <= known.keys() and not outputs <= known.keys():
                 if self.observe:
                     self.observe(name, {n: known[n] for n in inputs})
                 known.update(component(known))
+                for tensor in outputs & self.exits.keys():
+                    if left := leave(known, tensor, self.exits[tensor], self.output["tensor"], self.infer):
+                        return left
         return known
 
     def generate(self, known: Tensors, prompt_text: str | Encoded | None = None) -> list[int]:
@@ -216,7 +222,7 @@ class Session:
 
     def _encoded(self, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
         """What is to be kept of one medium: the tensors that its encoders end with."""
-        return {name: value for name, value in self.infer(make()).items() if name in self._wanted[0]}
+        return {name: value for name, value in self.infer(make(), alone=True).items() if name in self._wanted[0]}
 
     @cached_property
     def _wanted(self) -> tuple[set[str], set[str]]:

@@ -184,7 +184,9 @@ class Work:
         """What each component meets on the samples that give ranges, of those that need any."""
         if self.target.dialect == "tensorrt":
             return record(self.graph, self.recipe, set(self.specs))  # FP16 needs them, too
-        wanted = {n for n in self.specs if self.ranged(n)} | set(self.logits)
+        assert self.recipe.quantize
+        int8 = {n for n in self.specs if self.recipe.quantize.form(n).int8}
+        wanted = {n for n in int8 if self.ranged(n)} | set(self.logits)
         return record(self.graph, self.recipe, wanted)
 
     def read(self, name: str) -> onnx.ModelProto:

@@ -175,6 +175,7 @@ def alone(
 ) -> dict[str, list[tuple[Callable[[], object], int]]]:
     """What to call to run a component on what it meets in each row, and how many times that runs it."""
     calls: dict[str, list[tuple[Callable[[], object], int]]] = defaultdict(list)
+    kept, session.exits = session.exits, {}
     for tensors, text in rows:
         met: list[tuple[str, Tensors]] = []
         session.observe = lambda name, given, met=met: met.append((name, given))
@@ -186,6 +187,7 @@ def alone(
         if session.decoder:
             steps = sum(name == session.decoder for name, _ in met)
             calls[session.decoder].append((partial(session.generate, session.infer(tensors), text), steps))
+    session.exits = kept
     return calls
 
 

@@ -150,7 +150,7 @@ class Model:
         known: set[str] = set(origins)
         able: list[Engine] = []
         for engine in self.engines:
-            if set(engine.inputs) <= known:
+            if set(engine.inputs) <= known and not engine.outputs.keys() <= known:
                 able.append(engine)
                 known |= engine.outputs.keys()
         made = known - origins.keys()
