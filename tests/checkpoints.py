@@ -32,6 +32,22 @@ REASONER: dict[str, Any] = {  # sizes of a ReasonerConfig
     "fusion_layers": 2,
 }
 
+SCENES: dict[str, Any] = {  # sizes of a ScenesConfig
+    "width": 32,
+    "heads": 4,
+    "text_layers": 1,
+    "image_embedding": 16,
+    "image_channels": (16,),
+    "image_depths": (1,),
+    "audio_seconds": 2,
+    "audio_channels": (8, 8, 8, 8),
+    "audio_layers": 1,
+    "levels": (1, 1, 1),
+    "slots": 3,
+    "caption_layers": 1,
+    "embedding": 16,
+}
+
 
 def write(name: str, directory: Path, *, full: bool = False) -> Path:
     """The checkpoint `name` of MODELS in `directory`: config, weights, tokenizer and processors."""

@@ -1,6 +1,7 @@
 """Data sets, one a file. Each has `samples(split) -> list[Sample]` for the splits "train" and "test".
 
-One may have `captions(split) -> list[Sample]`, too: media with what is said of them, for models that embed.
+One may have `captions(split) -> list[Sample]`, too: media with what is said of them, for models that embed or
+are asked nothing.
 
 Calibration, tuning and training read "train"; only verify and evaluate read "test". Two files are no
 data sets of their own: manifest.py reads the user's files, noise.py makes some.
@@ -72,7 +73,7 @@ def split(recipe: Recipe, program: Program) -> tuple[list[Sample], list[Sample]]
         train, test = _random(recipe, program)
     elif not Path(recipe.data).exists():
         module = plugins.plugin("data", recipe.data)
-        if hasattr(module, "captions") and program()["output"]["kind"] == "embeddings":
+        if hasattr(module, "captions") and (program()["output"]["kind"] == "embeddings" or not program().get("text")):
             train, test = (_fit(module.captions(part), program()) for part in ("train", "test"))
         else:
             train, test = module.samples("train"), module.samples("test")

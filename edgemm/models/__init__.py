@@ -33,6 +33,7 @@ from edgemm.models._graph import caller
 from edgemm.runtime.session import Session
 
 EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
+OWN = ("reasoner", "scenes_reasoner")  # trained here: no checkpoints of transformers
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
@@ -187,7 +188,7 @@ def model_files(directory: Path) -> list[str]:
 def tokenizer_of(family: ModuleType, directory: Path) -> bytes | None:
     """tokenizer.json by which the runtime tokenizes as the model's own tokenizer does; None where there is none."""
     path = directory / "tokenizer.json"
-    if family.__name__.rpartition(".")[2] in ("reasoner", "onnx"):
+    if family.__name__.rpartition(".")[2] in (*OWN, "onnx"):
         return path.read_bytes() if path.is_file() else None
     from edgemm.models._processors import tokenizer_json
 
@@ -212,7 +213,7 @@ def find_family(directory: Path) -> ModuleType:
     if not any(n.endswith(weights) for n in model_files(directory)):
         pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
         # transformers reads its own with weights_only=True, which runs nothing from them
-        if pickles and (name == "reasoner" or not pickles[0].startswith("pytorch_model")):
+        if pickles and (name in OWN or not pickles[0].startswith("pytorch_model")):
             raise InputError(
                 f"{directory}: {pickles[0]} is a pickle, which can run any code when it is read",
                 fix="save the weights as model.safetensors",

@@ -15,10 +15,9 @@ from transformers.utils import logging
 
 from edgemm.errors import InputError
 from edgemm.models import AttentionBlock
-from edgemm.models._blocks import stacks
-from edgemm.models._hidden_units import hidden_units
 from edgemm.models._key_tokens import TokenLayer, restore, specs
 from edgemm.models._processors import FILES
+from edgemm.models._shrunk import left, shrink
 
 SIDE_FILES = (*FILES, "generation_config.json")
 PRUNED = "pruned.json"
@@ -112,13 +111,7 @@ def _load_pruned(
     model = cls(config).eval()
     prepare(model)
     pruned = read_json(directory, PRUNED)
-    for stack in stacks(model):
-        stack.keep(list(range(pruned["blocks"][stack.name])))
-    for block in attentions(model):
-        if (heads := pruned["heads"].get(block.name)) is not None:
-            block.keep(list(range(heads)))
-    for hidden in hidden_units(model):
-        hidden.keep(list(range(pruned["units"][hidden.name])))
+    shrink(model, attentions, pruned)
     restore(tokens(model), pruned.get("tokens", {}))
     missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
     model.tie_weights()
@@ -143,10 +136,8 @@ def save(
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-    heads = {b.name: b.heads for b in attentions(model) if b.q is not None}
-    units, blocks = {h.name: h.units for h in hidden_units(model)}, {s.name: len(s.layers) for s in stacks(model)}
-    left = {"blocks": blocks, "heads": heads, "units": units, "tokens": specs(tokens(model))}
-    (directory / PRUNED).write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
+    pruned = {**left(model, attentions), "tokens": specs(tokens(model))}
+    (directory / PRUNED).write_text(json.dumps(pruned, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:

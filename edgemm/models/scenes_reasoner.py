@@ -1,0 +1,96 @@
+"""The scenes reasoner (edgemm/reasoner/) as a model family; _scenes_graphs.py has its graphs for each task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+from transformers.models.bert.modeling_bert import BertAttention
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
+
+from edgemm.models import AttentionBlock, Component
+from edgemm.models._attentions import bert_attention
+from edgemm.models._decoder import bart_attention
+from edgemm.models._scenes_graphs import GRAPHS, MIN_SAMPLES, output
+from edgemm.models._shrunk import left, shrink
+from edgemm.reasoner.config import ScenesConfig
+from edgemm.reasoner.corpus import MEAN, STD
+from edgemm.reasoner.model import Attention
+from edgemm.reasoner.scenes_model import ScenesReasoner
+from edgemm.runtime.preprocess import read_tokenizer
+
+
+def load(directory: Path) -> ScenesReasoner:
+    """The model of config.json and model.safetensors (any float width), pruned as the config says."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
+    model = ScenesReasoner(ScenesConfig.from_dict(config)).eval()
+    shrink(model, attentions, config["left"])
+    weights = load_file(directory / "model.safetensors")
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model
+
+
+def save(model: ScenesReasoner, directory: Path, source: Path, *, half: bool = False) -> None:
+    """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "scenes_reasoner", **model.config.to_dict(), "left": left(model, attentions)}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {n: t.half() if half and t.is_floating_point() else t for n, t in model.state_dict().items()}
+    save_file({n: t.contiguous() for n, t in weights.items()}, directory / "model.safetensors")
+    shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
+
+
+def components(model: ScenesReasoner) -> list[Component]:
+    return GRAPHS[model.config.task](model)
+
+
+def attentions(model: ScenesReasoner) -> list[AttentionBlock]:
+    """Every multi-head attention of the encoders that the task runs and, where it answers, of the levels."""
+    blocks: list[AttentionBlock] = []
+    task = model.config.task
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and name.startswith("levels") and task == "answer":
+            linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+            sizes, resize = (module.heads, module.head_dim), partial(setattr, module, "heads")
+            queries = "slots" if ".slots." in name else "text"
+            keys = name.rpartition(".")[2] if ".cross." in name else queries
+            kind: Literal["cross", "self"] = "cross" if ".cross." in name else "self"
+            blocks.append(AttentionBlock(name, kind, queries, keys, *sizes, *linears, resize))
+        elif isinstance(module, BertAttention) and task != "caption":
+            blocks.append(bert_attention(name, module.self, module.output, "self", "text", "text"))
+        elif isinstance(module, Wav2Vec2Attention) and task in ("answer", "find_audio"):
+            blocks.append(bart_attention(name, module, "audio", "audio"))
+    return blocks
+
+
+def program(model: ScenesReasoner, directory: Path) -> dict[str, Any]:
+    """How the runtime turns files into tensors and what the graphs make into an answer."""
+    del directory
+    config = model.config
+    image = {
+        "tensor": "pixel_values",
+        "size": [config.image_size, config.image_size],
+        "resample": "bilinear",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+    text = {
+        "ids": "input_ids",
+        "mask": "attention_mask",
+        "tokenizer": "tokenizer.json",
+        "max_tokens": config.max_tokens,
+    }
+    audio = {
+        "tensor": "input_values",
+        "sampling_rate": 16_000,
+        "seconds": config.audio_seconds,
+        "min_samples": MIN_SAMPLES,
+    }
+    takes = {"answer": {"image", "audio"}, "find_audio": {"audio"}}.get(config.task, {"image"})
+    media = {name: spec for name, spec in (("image", image), ("audio", audio)) if name in takes}
+    return {**media, **({} if config.task == "caption" else {"text": text}), "output": output(model)}
