@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from edgemm import artifact, plugins
 from edgemm.artifact import Artifact, locked, write_atomic
@@ -116,18 +119,36 @@ def write_report(report: Report, out: Path) -> None:
 
 
 def train(recipe: Recipe, out: Path) -> Path:
-    """Train the reference model by `recipe.train`; `out`/model gets a directory that `compress` takes.
+    """Train a reference model by `recipe.train` or `recipe.train_scenes`; `out`/model is then what `compress` takes.
 
+    Of the scenes reasoner `out` has find_image, find_audio and caption beside it: the same weights for other tasks.
     `out` also holds log.csv and checkpoint.pt: the same call resumes an interrupted run.
     """
-    from edgemm.models import reasoner
+    from edgemm.models import reasoner, scenes_reasoner
+    from edgemm.reasoner.scenes_train import train_scenes
     from edgemm.reasoner.train import train as train_reasoner
 
-    if recipe.train is None:
-        raise InputError(f"recipe {recipe.name} has no train section", fix="use recipes/reasoner-easy-vqa.yaml")
+    if (recipe.train is None) == (recipe.train_scenes is None):
+        raise InputError(
+            f"recipe {recipe.name} has no train section, or two",
+            fix="use recipes/reasoner-easy-vqa.yaml or recipes/reasoner-scenes.yaml",
+        )
     with locked(out / ".runs"), artifact.writing(out):
-        samples = plugins.plugin("data", recipe.data or "easy_vqa").samples("train")
-        model, tokenizer = train_reasoner(samples, recipe.train, recipe.seed, out)
+        family: ModuleType
+        model: Any
+        if recipe.train_scenes:
+            world = plugins.plugin("data", recipe.data or "scenes")
+            model, corpus = train_scenes(world, recipe.train_scenes, recipe.seed, out)
+            tokenizer = corpus.tokenizer
+            family = scenes_reasoner
+        else:
+            assert recipe.train
+            samples = plugins.plugin("data", recipe.data or "easy_vqa").samples("train")
+            model, tokenizer = train_reasoner(samples, recipe.train, recipe.seed, out)
+            family = reasoner
         (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        reasoner.save(model, out / "model", out, half=True)
+        family.save(model, out / "model", out, half=True)
+        for task in ("find_image", "find_audio", "caption") if family is scenes_reasoner else ():
+            model.config = replace(model.config, task=task)
+            family.save(model, out / task, out, half=True)
     return out / "model"
