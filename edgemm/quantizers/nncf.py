@@ -89,7 +89,7 @@ def sharing(model: onnx.ModelProto, names: Sequence[str]) -> set[str]:
     """
     constants = {i.name for i in model.graph.initializer}
     read = {i for n in model.graph.node if n.name in set(names) for i in n.input if i in constants}
-    return {*names, *(n.name for n in model.graph.node if read & {*n.input})}
+    return {*names, *(n.name for n in model.graph.node if n.name and read & {*n.input})}
 
 
 def quantize(model: onnx.ModelProto, samples: Samples, options: Options) -> onnx.ModelProto:

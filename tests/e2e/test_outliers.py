@@ -1,4 +1,4 @@
-"""Outliers of activations: minmax INT8 loses the answers, and is told to; the search finds INT8 that keeps them.
+"""Outliers of activations: minmax INT8 loses the answers, the verdict says so, and the search finds INT8 that does not.
 
 A Vision Transformer on easy-VQA's colours, three channels of each LayerNorm a hundred times the rest.
 """
