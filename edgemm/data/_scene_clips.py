@@ -93,12 +93,12 @@ def subtitles(clip: Clip) -> list[Subtitle]:
 
 
 def wrong_times(clip: Clip) -> list[Subtitle]:
-    """The clip's subtitles, two of them at each other's time: what comes or goes changes places with its neighbour."""
+    """The clip's subtitles in another order at the same times: what comes or goes does so sooner or later."""
     shown = subtitles(clip)
-    at = next(i for i, event in enumerate(clip.events) if event.kind in ("appears", "vanishes"))
-    other = at - 1 if at else 1
     texts = [s.text for s in shown]
-    texts[at], texts[other] = texts[other], texts[at]
+    at = next(i for i, event in enumerate(clip.events) if event.kind in ("appears", "vanishes"))
+    to = random.Random(clip.meaning).choice([i for i in range(len(texts)) if i != at])
+    texts.insert(to, texts.pop(at))
     return [replace(s, text=text) for s, text in zip(shown, texts, strict=True)]
 
 

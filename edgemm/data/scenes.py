@@ -1,4 +1,9 @@
-"""Scenes of coloured shapes, drawn by a seed: pictures, sounds, captions, questions with answers, short clips."""
+"""Scenes of coloured shapes, drawn by a seed: pictures, tones, captions, questions with answers, short clips.
+
+Nothing that can be said of a test scene or clip, places apart, can be said of a training one, whatever the seeds: a
+digest of all that words can say decides. One shape, the cross, is in neither: scenes("new", seed) has it, so that a
+new class can be learned from a few pictures of it.
+"""
 
 from __future__ import annotations
 
