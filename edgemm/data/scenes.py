@@ -1,8 +1,8 @@
 """Scenes of coloured shapes, drawn by a seed: pictures, tones, captions, questions with answers, short clips.
 
-Nothing that can be said of a test scene or clip, places apart, can be said of a training one, whatever the seeds: a
-digest of all that words can say decides. One shape, the cross, is in neither: scenes("new", seed) has it, so that a
-new class can be learned from a few pictures of it.
+What tones tell of a test scene, and so all that words do, is told of no training scene, whatever the seeds: a digest
+of it decides where a scene belongs. One shape, the cross, is in neither: scenes("new", seed) has it, so that a new
+class can be learned from a few pictures.
 """
 
 from __future__ import annotations

@@ -281,11 +281,16 @@ def test_no_answer_can_be_guessed_from_the_words() -> None:
 def test_train_and_test_share_no_scene_and_no_caption() -> None:
     train, test = drawn("train", 3000), drawn("test", 1000)
     assert len({s.meaning for s in test}) == len({scenes.caption(s) for s in test}) == 1000
+    assert len({scenes.tones(s).tobytes() for s in test}) == 1000
     assert len({frozenset(s.things) for s in train}) == 3000
     for seed in (0, 1):
         other = drawn("train", 3000, seed)
         assert not {s.meaning for s in other} & {s.meaning for s in test}
-        assert not {scenes.caption(s) for s in other} & {scenes.caption(s) for s in test}
+        for of in (scenes.caption, lambda s: scenes.tones(s).tobytes(), lambda s: scenes.draw(s).tobytes()):
+            assert not {of(s) for s in other} & {of(s) for s in test}
+    test_clips, train_clips = drawn_clips("test", 300), drawn_clips("train", 1000)
+    assert len({c.told for c in test_clips}) == 300
+    assert not {c.told for c in test_clips} & {c.told for c in train_clips}
     assert 0.15 < np.mean([part_of(f"x{i}") == "test" for i in range(2000)]) < 0.25
 
 
@@ -587,7 +592,7 @@ def test_drift_is_repaired_said_and_what_can_not_be_repaired_refused(
         (lambda d: (d / "clips/train-clip-00001.png").unlink(), "train-clip-00001.*No such file"),
         (lambda d: (d / "clips/train-clip-00001.png").write_bytes(b"\x89PNG"), "train-clip-00001.*cannot read"),
         (lambda d: change(d / "clips.parquet", split="dev"), "not as it was written: KeyError.'dev'"),
-        (lambda d: change(d / "clips.parquet", fps=0.0), "not as it was written: ZeroDivisionError"),
+        (lambda d: change(d / "clips.parquet", fps=0.0), "7 of 7 rows can't be used"),
         (lambda d: change(d / "clips.parquet", subtitles=[{"text": "x"}]), "not as it was written: TypeError"),
         (lambda d: Image.new("RGB", (64, 100)).save(d / "clips/test-clip-00000.png"), "no square frames"),
     ],
