@@ -103,38 +103,45 @@ def build(
     final = runs / f"{kind}-{key[:16]}"
     if (found := _read(final, key)) is not None:
         return found
-    temporary = runs / f".tmp-{final.name}"
     begin = time.monotonic()
-    try:
-        with writing(runs):  # inside the try: a disk is full only until the half-made files are gone
-            shutil.rmtree(final, ignore_errors=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            make(temporary)
-            files = {
-                p.relative_to(temporary).as_posix(): File(sha256=sha256_file(p), size_bytes=p.stat().st_size)
-                for p in sorted(temporary.rglob("*"))
-                if p.is_file()
-            }
-            manifest = Manifest(
-                kind=kind,
-                key=key,
-                digest=_digest(key, files),
-                parents=digests,
-                config=dict(config),
-                versions=versions,
-                files=files,
-            )
-            write_atomic(temporary / "manifest.json", canonical(manifest.model_dump(by_alias=True)).encode())
-            for path in [*temporary.rglob("*"), temporary]:
-                _fsync(path)
-            temporary.rename(final)
-            _fsync(runs)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)
+    with new_directory(final) as temporary:
+        make(temporary)
+        files = {
+            p.relative_to(temporary).as_posix(): File(sha256=sha256_file(p), size_bytes=p.stat().st_size)
+            for p in sorted(temporary.rglob("*"))
+            if p.is_file()
+        }
+        manifest = Manifest(
+            kind=kind,
+            key=key,
+            digest=_digest(key, files),
+            parents=digests,
+            config=dict(config),
+            versions=versions,
+            files=files,
+        )
+        write_atomic(temporary / "manifest.json", canonical(manifest.model_dump(by_alias=True)).encode())
     if (seconds := time.monotonic() - begin) >= 1:
         log(f"{final.name} took {seconds:.0f} s")
     return Artifact(final, manifest)
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory beside `final` to write into; it gets that name, which is free, once all is done and on the disk."""
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
+        with writing(final.parent):  # inside the try: a disk is full only until the half-made files are gone
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                _fsync(path)
+            temporary.rename(final)
+            _fsync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _digest(key: str, files: Mapping[str, File]) -> str:

@@ -1,5 +1,7 @@
 """Data sets, one a file. Each has `samples(split) -> list[Sample]` for the splits "train" and "test".
 
+One may have `captions(split) -> list[Sample]`, too: media with what is said of them, for models that embed.
+
 Calibration, tuning and training read "train"; only verify and evaluate read "test". Two files are no
 data sets of their own: manifest.py reads the user's files, noise.py makes some.
 """
@@ -70,7 +72,10 @@ def split(recipe: Recipe, program: Program) -> tuple[list[Sample], list[Sample]]
         train, test = _random(recipe, program)
     elif not Path(recipe.data).exists():
         module = plugins.plugin("data", recipe.data)
-        train, test = module.samples("train"), module.samples("test")
+        if hasattr(module, "captions") and program()["output"]["kind"] == "embeddings":
+            train, test = (_fit(module.captions(part), program()) for part in ("train", "test"))
+        else:
+            train, test = module.samples("train"), module.samples("test")
     else:
         path = Path(recipe.data)
         found = _read_once(path, path.stat().st_mtime_ns, recipe.data_tolerance)

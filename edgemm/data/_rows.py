@@ -20,7 +20,7 @@ from edgemm.errors import InputError, ToolchainError
 
 MEDIA = ("image", "audio")
 LABELS = ("label", "answer", "caption", "transcript")
-TEXTS = ("text", *LABELS, "boxes", "split", "id")
+TEXTS = ("text", *LABELS, "boxes", "split", "id", "kind")
 MEMBERS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp"), "image"),
     **dict.fromkeys(("wav", "flac", "mp3", "ogg"), "audio"),
@@ -30,6 +30,7 @@ MEMBERS = {
 }
 INSTALL = "pip install 'edgemm[compress]'"
 Row = dict[str, Any]
+NAMED = 10  # broken rows in the log
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -49,6 +50,18 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise InputError(f"{path} has no rows", fix="give rows to calibrate on and to verify with")
     return rows
+
+
+def tolerate(path: Path, broken: list[str], total: int, tolerance: float) -> None:
+    """Log the first broken rows; InputError when they are more than is tolerated."""
+    if not broken:
+        return
+    log(f"{path}: {len(broken)} of {total} rows can't be used: {'; '.join(broken[:NAMED])}")
+    if len(broken) / total > tolerance:
+        raise InputError(
+            f"{path}: {len(broken)} of {total} rows can't be used, first {broken[0]}",
+            fix=f"correct them, leave them out, or accept more: data_tolerance in the recipe, now {tolerance}",
+        )
 
 
 def _known(path: Path, names: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ Columns; at least one of the first three:
     boxes          a box [x0,y0,x1,y1] in 0..1000 for each word of `text`; in CSV written as JSON
     split          train or calibration; validation, test or verification
     id             unique; without it the number of the row
+    kind           what sort of row it is, for tables
 
 The user wrote the file, so a path may lead anywhere on this machine; what it names is opened only as an image or a
 recording, and a URL is no file.
@@ -23,16 +24,15 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from edgemm.console import log, progress
+from edgemm.console import progress
 from edgemm.data import Sample
-from edgemm.data._rows import LABELS, MEDIA, Row, read_rows
+from edgemm.data._rows import LABELS, MEDIA, Row, read_rows, tolerate
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime.audio import read_audio
 from edgemm.runtime.preprocess import FORMATS, MAX_PIXELS
 
 SPLITS = {"train": "train", "calibration": "train", "validation": "test", "test": "test", "verification": "test"}
 CALIBRATION = 5  # one of so many groups of media calibrates
-NAMED = 10  # broken rows in the log
 Boxes = tuple[tuple[int, int, int, int], ...]
 
 
@@ -68,21 +68,22 @@ def read(path: Path, tolerance: float) -> dict[str, list[Sample]]:
     for number, (row, name, split) in enumerate(zip(progress(rows, f"read {path.name}"), ids, splits, strict=True), 1):
         where = f"row {number}" if name == str(number) else f"row {number} ({name})"
         text = _text(row.get("text"), f"{path}: {where}: text") or ""
+        kind = _text(row.get("kind"), f"{path}: {where}: kind") or ""
         label = _label(next((row[n] for n in LABELS if n in row), None), f"{path}: {where}: the label")
         try:
-            media = {kind: found for kind in MEDIA if (found := _media(row.get(kind), kind, folder)) is not None}
+            media = {m: found for m in MEDIA if (found := _media(row.get(m), m, folder)) is not None}
             if not media and not text.strip():
                 raise _Broken("no image, no audio and no text")
-            digests = [_check(found, kind, decoded) for kind, found in media.items()]
+            digests = [_check(found, medium, decoded) for medium, found in media.items()]
             boxes = _boxes(row.get("boxes"), text)
         except _Broken as e:
             broken.append(f"{where}: {e}")
             continue
         sample = Sample(
-            name, "", media.get("image"), text if text.strip() else None, label, "", media.get("audio"), boxes
+            name, "", media.get("image"), text if text.strip() else None, label, kind, media.get("audio"), boxes
         )
         usable.append(_Usable(sample, tuple(digests) or (_sha256(text.encode()),), split, where))
-    _count(path, broken, len(rows), tolerance)
+    tolerate(path, broken, len(rows), tolerance)
     return _divide(path, usable)
 
 
@@ -143,18 +144,6 @@ def _groups(media: list[tuple[str, ...]]) -> list[str]:
             low, high = sorted((smallest(first), smallest(other)))
             smaller[high] = low
     return [smallest(first) for first, *_ in media]
-
-
-def _count(path: Path, broken: list[str], total: int, tolerance: float) -> None:
-    """Log the first broken rows; InputError when they are more than is tolerated."""
-    if not broken:
-        return
-    log(f"{path}: {len(broken)} of {total} rows can't be used: {'; '.join(broken[:NAMED])}")
-    if len(broken) / total > tolerance:
-        raise InputError(
-            f"{path}: {len(broken)} of {total} rows can't be used, first {broken[0]}",
-            fix=f"correct them, leave them out, or accept more: data_tolerance in the recipe, now {tolerance}",
-        )
 
 
 def _text(value: Any, where: str) -> str | None:
