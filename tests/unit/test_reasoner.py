@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgemm.data import Sample, easy_vqa
+from edgemm.data import Sample, easy_vqa, scenes
+from edgemm.errors import InputError
 from edgemm.models import reasoner
 from edgemm.reasoner import train as training
 from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
@@ -422,6 +423,11 @@ def test_loss_falls(samples: list[Sample], tmp_path: Path) -> None:
         assert len(losses) == 40
         assert all(math.isfinite(loss) for loss in losses)
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_samples_without_picture_files_are_refused() -> None:
+    with pytest.raises(InputError, match="reasoner-scenes"):
+        Corpus.build(scenes.samples("test")[:9], validation_images=1, seed=0)
 
 
 def test_an_answer_that_no_question_names_is_no_concept() -> None:
