@@ -192,11 +192,11 @@ def place(
                 placed.append(node.name)
                 node.input[1] = stored(weight, axis)
                 if ranges:
-                    middle, magnitude = _around(low, high, node.op_type != "Conv")  # a padded 0 must stay 0
+                    middle, step = _around(low, high, node.op_type != "Conv")  # a padded 0 must stay 0
                     taken = f"{source}{CENTERED}" if middle else source
                     if taken not in dequantized:
                         dequantized[taken] = f"{taken}/dequantized"
-                        nodes += _activation(source, taken, magnitude, middle, model)
+                        nodes += _activation(source, taken, step, middle, model)
                     node.input[0] = dequantized[taken]
                     if middle:
                         nodes += [node, _put_back(node, weight, axis, middle, model)]
@@ -216,22 +216,29 @@ def _range(name: str, ranges: Mapping[str, Range], largest: Mapping[str, float],
 
 
 def _around(low: float, high: float, centered: bool) -> tuple[float, float]:
-    """What is taken off before rounding, and the magnitude of what is left.
+    """What is taken off before rounding, and the scale of what is left.
 
-    A whole number of steps, so that 0 stays a level, as with a zero point: half of what a GELU gives is next to it.
+    It is a whole number of steps, so that 0 stays a level, as with a zero point: half of what a GELU gives is next to
+    it. Both are exact in float16: a tenth of a step more, for all of these, costs 4 dB.
     """
-    half = (high - low) / 2 * HIGHEST / (HIGHEST - 0.5)  # the middle moves by half a step
-    step = float(half_scales(np.array(half)))
-    middle = float(np.float16(step * np.rint((low + high) / 2 / step)))
-    return (middle, half) if centered and abs(middle) > OFF_CENTRE * half else (0.0, max(high, -low))
+    if not centered or abs(low + high) <= OFF_CENTRE * (high - low):
+        return 0.0, float(half_scales(np.array(max(high, -low))))
+    sign = 1 if low + high > 0 else -1
+    near, far = (-low, high) if sign > 0 else (high, -low)
+    steps = np.arange(HIGHEST)
+    fits = np.maximum(far / (HIGHEST + steps), near / (HIGHEST - steps))
+    odd = steps // np.maximum(steps & -steps, 1)
+    bits = 11 - np.ceil(np.log2(odd + 1))  # of the scale, so that the product has 11
+    unit = 2.0 ** np.maximum(np.floor(np.log2(fits)) + 1 - bits, -24)
+    scales = np.maximum(np.ceil(fits / unit) * unit, SMALLEST_SCALE)
+    best = int(scales.argmin())
+    return float(sign * steps[best] * scales[best]), float(scales[best])
 
 
-def _activation(
-    source: str, taken: str, magnitude: float, middle: float, model: onnx.ModelProto
-) -> list[onnx.NodeProto]:
+def _activation(source: str, taken: str, step: float, middle: float, model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Q and DQ of `source`, or of `taken`, which is `source` without `middle`."""
     scale, zero, middle_of = f"{taken}/scale", f"{taken}/zero", f"{taken}/middle"
-    model.graph.initializer.append(numpy_helper.from_array(half_scales(np.array(magnitude)), scale))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(step, np.float32), scale))
     model.graph.initializer.append(helper.make_tensor(zero, TensorProto.INT8, [], [0]))
     nodes = []
     if middle:
