@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.graph import View, attribute, prune_dead, replace
 from edgemm.graph.embeddings import table
+from edgemm.graph.half import CENTERED
 
 SMALLEST = 16  # K and N from which INT8 has kernels that gain
 HIGHEST = 127
@@ -26,8 +27,8 @@ SMALLEST_SCALE = np.float16(2**-20)  # still 16 steps above zero in float16
 MOVES = {"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity", "Split", "Expand", "Flatten"}
 
 
+FURTHEST = 1.25  # steps that rounding, clipping and an estimated factor move a weight
 OFF_CENTRE = 0.03  # of half a range: how far its middle is from zero, from which INT8 is spent around the middle
-CENTERED = "/centered"
 Range = tuple[float, float]
 
 
@@ -49,8 +50,8 @@ class Calibrated:
 def strip(quantized: onnx.ModelProto, floats: onnx.ModelProto) -> Calibrated:
     """Take every Q/DQ pair out of a graph and keep the ranges; INT8 weights become float again.
 
-    floats   the graph before quantizing: weights that were only rounded are taken from it, so that they are not
-             rounded twice; smoothed ones are what INT8 left of them
+    floats   the graph before quantizing: weights are taken from it, smoothed as those of `quantized` are, so that they
+             are not rounded twice
     """
     model = onnx.ModelProto()
     model.CopyFrom(quantized)
@@ -118,18 +119,35 @@ def _dequantized(node: onnx.NodeProto, view: View) -> tuple[NDArray[np.float32],
 def _unrounded(
     node: onnx.NodeProto, view: View, nodes: Mapping[str, onnx.NodeProto], before: View
 ) -> NDArray[np.float32]:
-    """The weights behind a DequantizeLinear: as they were in `before`, by the name of the node that takes them; as
-    dequantized where some of them are further away than rounding and clipping go, a step."""
+    """The weights behind a DequantizeLinear: as they were in `before`, by the name of the node that takes them, times
+    what smoothing gave each input channel; as dequantized where some of them are FURTHEST away."""
     dequantized, step = _dequantized(node, view)
     for taker in view.takers[node.output[0]]:
         source = nodes[taker.name].input[list(taker.input).index(node.output[0])] if taker.name in nodes else ""
         value = before.value(source)
         if value is None or value.shape != dequantized.shape:
             continue
-        unrounded = np.asarray(value, np.float32)
-        if (np.abs(unrounded - dequantized) <= 1.001 * step).all():
+        unrounded = _smoothed(np.asarray(value, np.float32), dequantized, step)
+        if (np.abs(unrounded - dequantized) <= FURTHEST * step).all():
             return unrounded
     return dequantized
+
+
+def _smoothed(
+    value: NDArray[np.float32], rounded: NDArray[np.float32], step: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`value`, [K,N] or [N,K], its K input channels times the factors that bring it closest to `rounded`, which has one
+    step for each of N; as it is where factors explain no more of the difference than chance lets them."""
+    if value.ndim != 2 or step.shape not in ((1, value.shape[1]), (value.shape[0], 1)):
+        return value
+    out = 1 if step.shape[0] == 1 else 0
+    power = np.square(value, dtype=np.float64).sum(out, keepdims=True)
+    factors = (value * rounded.astype(np.float64)).sum(out, keepdims=True) / np.maximum(
+        power, np.finfo(np.float32).tiny
+    )
+    scaled = (value * factors).astype(np.float32)
+    left, before = (float(np.square((v - rounded) / step).sum()) for v in (scaled, value))
+    return value if left * (1 + 4 / value.shape[out]) >= before else scaled
 
 
 def products(model: onnx.ModelProto) -> dict[str, int]:

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,18 +126,15 @@ def quantize(model: onnx.ModelProto, samples: Samples, options: Options) -> onnx
     return by_layer(model, options, lambda o: _static(model, samples, o, scope))
 
 
-@contextlib.contextmanager
-def outside(model: onnx.ModelProto) -> Iterator[tuple[onnx.ModelProto, str]]:
-    """The graph with its weights in a file, and the file's directory.
+def without_weights(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """The graph, its weights in a file in `folder`.
 
     NNCF copies and serializes the graph once for each bias that it corrects, with all weights that are inside.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        graph = onnx.ModelProto()
-        graph.CopyFrom(model)
-        onnx.save_model(graph, path, save_as_external_data=True, location="weights")
-        yield onnx.load(path, load_external_data=False), folder
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model)
+    onnx.save_model(graph, folder / "model.onnx", save_as_external_data=True, location="weights")
+    return onnx.load(folder / "model.onnx", load_external_data=False)
 
 
 def _static(model: onnx.ModelProto, samples: Samples, options: Options, ignored: Any) -> onnx.ModelProto:
@@ -156,10 +153,10 @@ def _static(model: onnx.ModelProto, samples: Samples, options: Options, ignored:
     if options.ranges in estimators:
         advanced.activations_range_estimator_params = estimators[options.ranges]
     # its progress bars; our stdout carries the result alone
-    with outside(model) as (graph, folder), contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         advanced.backend_params = {BackendParameters.EXTERNAL_DATA_DIR: folder}
         return nncf.quantize(
-            graph,
+            without_weights(model, Path(folder)),
             nncf.Dataset(parts, joined),
             preset=nncf.QuantizationPreset(options.preset),
             subset_size=len(parts),
