@@ -199,14 +199,14 @@ def test_a_table_that_is_a_products_weight_too_is_stored_once_and_in_float_with_
     nodes = [n("Gather", ["table", "ids"], ["e"]), n("Gemm", ["e", "table"], ["y"], transB=1)]
     weight = np.random.default_rng(0).standard_normal((2048, 32)).astype(np.float32)
     graph = model(nodes, ("n", "v"), table=weight, ids=np.arange(3, dtype=np.int64))
-    placed, names = qdq.place(graph, {}, {}, {"table"})
+    placed, names = qdq.place(graph, {"e": (-3.0, 3.0)}, {}, {"table"})
     onnx.checker.check_model(placed, full_check=True)
     assert len(names) == 1
-    (dequantize,) = [node for node in placed.graph.node if node.op_type == "DequantizeLinear"]
+    dequantize = next(node for node in placed.graph.node if node.output[0] == "table/dequantized")
     assert {node.op_type for node in placed.graph.node if dequantize.output[0] in node.input} == {"Gather", "Gemm"}
     assert [i.dims for i in placed.graph.initializer if len(i.dims) == 2] == [[2048, 32]]
-    kept, none = qdq.place(graph, {}, {}, frozenset())
-    assert not none and not any(node.op_type == "DequantizeLinear" for node in kept.graph.node)
+    for float_ones in (qdq.place(graph, {"e": (-3.0, 3.0)}, {}, frozenset()), qdq.place(graph, {}, {}, {"table"})):
+        assert not float_ones[1] and not any(node.op_type == "DequantizeLinear" for node in float_ones[0].graph.node)
 
 
 def test_what_the_quantizer_kept_in_float_stays_so() -> None:
