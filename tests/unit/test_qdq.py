@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.graph import name_nodes, qdq
+from edgemm.graph.calibrated import strip
 from edgemm.graph.ranges import largest
 
 RNG = np.random.default_rng(0)
@@ -161,7 +162,7 @@ def test_a_quantizers_range_is_read_from_its_scale_and_zero_point(
     stored = np.rint(W / scales).astype(np.int8)
     weights = {"w8": stored, "ws": scales, "wz": np.zeros(32 if zero else (), np.int8)}
     quantized = model(nodes, s=np.float32(scale), z=np.asarray(zero), **weights)
-    calibrated = qdq.strip(quantized, model([n("MatMul", ["x", "v"], ["y"])], v=np.ones_like(W)))
+    calibrated = strip(quantized, model([n("MatMul", ["x", "v"], ["y"])], v=np.ones_like(W)))
     assert len(calibrated.weights) == 1
     assert calibrated.ranges == {"x": pytest.approx(covered, rel=1e-6)}
     assert [x.op_type for x in calibrated.model.graph.node] == ["MatMul"]
@@ -282,7 +283,7 @@ def test_weights_that_were_only_rounded_are_taken_from_the_graph_before() -> Non
 
     def weights(name: str, value: NDArray[Any]) -> NDArray[Any]:
         before = model([n("MatMul", ["x", "v"], ["y"], name=name)], v=value)
-        (weight,) = qdq.strip(quantized, before).model.graph.initializer
+        (weight,) = strip(quantized, before).model.graph.initializer
         return numpy_helper.to_array(weight)
 
     np.testing.assert_array_equal(weights("product", W), W)
