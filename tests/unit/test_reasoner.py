@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgemm.data import Sample, easy_vqa
+from edgemm.errors import InputError
 from edgemm.models import reasoner
 from edgemm.reasoner import train as training
 from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
@@ -324,6 +325,12 @@ def test_pixels_are_what_the_runtime_makes_of_the_file(samples: list[Sample], mo
     corpus = Corpus.build(samples, validation_images=2, seed=3)
     at_runtime = image_to_pixels(samples[0].image, ImageSpec(**reasoner.program(model, Path())["image"]).model_dump())
     assert np.allclose(corpus.pixels([0]).numpy(), at_runtime, atol=1e-6)
+
+
+def test_data_without_image_files_is_refused(tmp_path: Path) -> None:
+    drawn = [Sample("1", "1", b"a PNG", "is there a red circle?", "yes", "existence")]
+    with pytest.raises(InputError, match="none of 1 samples has an image in a file"):
+        train(drawn, recipe(bf16=False), 0, tmp_path / "out")
 
 
 def run(samples: list[Sample], out: Path, *, bf16: bool = False, seed: int = 1) -> dict[str, Tensor]:
