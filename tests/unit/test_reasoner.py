@@ -327,6 +327,12 @@ def test_pixels_are_what_the_runtime_makes_of_the_file(samples: list[Sample], mo
     assert np.allclose(corpus.pixels([0]).numpy(), at_runtime, atol=1e-6)
 
 
+def test_data_without_image_files_is_refused(tmp_path: Path) -> None:
+    drawn = [Sample("1", "1", b"a PNG", "is there a red circle?", "yes", "existence")]
+    with pytest.raises(InputError, match="none of 1 samples has an image in a file"):
+        train(drawn, recipe(bf16=False), 0, tmp_path / "out")
+
+
 def run(samples: list[Sample], out: Path, *, bf16: bool = False, seed: int = 1) -> dict[str, Tensor]:
     trained, _ = train(samples, recipe(bf16), seed, out)
     assert not trained.training
