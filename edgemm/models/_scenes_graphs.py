@@ -144,7 +144,7 @@ class Matcher(nn.Module):
         """text_tokens [B,T,D], attention_mask int64 [B,T], image_tokens [B,P,D] -> match [B,2]."""
         present = image_tokens.new_tensor([[1.0, 0.0]]).expand(text_tokens.shape[0], -1)
         words = self.level.run(text_tokens, attention_mask, {"image": image_tokens}, present, None)[0]
-        return self.match(words[:, 0])
+        return self.match(words, attention_mask)
 
 
 def finding(model: ScenesReasoner, modality: str) -> list[Component]:
@@ -159,7 +159,7 @@ def finding(model: ScenesReasoner, modality: str) -> list[Component]:
         Component("text_embedding", TextEmbedding(model, "text"), said, (port("text_embeds", e),), SIZES | words),
     ]
     if modality == "image":
-        match = port("match", model.match.out_features)
+        match = port("match", 2)
         made.append(Component("matcher", Matcher(model), (*said, encoded["image"]), (match,), SIZES | words))
     return made
 

@@ -45,7 +45,7 @@ class ScenesConfig:
     audio_kernels: tuple[int, ...] = (10, 8, 8, 8)
     audio_strides: tuple[int, ...] = (5, 4, 4, 4)
     audio_layers: int = 2
-    levels: tuple[int, int, int] = (2, 1, 1)
+    levels: tuple[int, int, int] = (2, 2, 2)
     slots: int = 8
     top_k: int = 0
     alignment: tuple[Literal["attention", "graph"], ...] = ("attention",)

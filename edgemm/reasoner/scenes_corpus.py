@@ -25,7 +25,7 @@ INSIDE, OUTSIDE = (
     4.0,
     13.0,
 )  # pixels from a thing's centre to a cell's: up to here it is the thing's; from there nothing's
-NEEDS = ("scenes", "draw", "tones", "caption", "is_true", "hard_negatives", "questions")
+NEEDS = ("scenes", "draw", "tones", "caption", "claims", "is_true", "hard_negatives", "questions")
 
 
 def writing(tokenizer: Tokenizer) -> Tokenizer:
@@ -122,6 +122,20 @@ class ScenesCorpus:
         for row, values in zip(ids, rows, strict=True):
             row[: len(values)] = torch.tensor(values)
         return Texts(ids)
+
+    def holding(self, index: list[int], texts: list[str]) -> Tensor:
+        """1 at the tokens of claims that hold of a scene, 0 where they don't, else UNKNOWN: float32[N,T].
+
+        texts   of each scene of `index` in turn, as many of each
+        """
+        encoded = self.tokenizer.encode_batch(texts)
+        made = torch.full((len(texts), max(len(e.ids) for e in encoded)), float(UNKNOWN))
+        each = len(texts) // len(index)
+        for at, (row, text, tokens) in enumerate(zip(made, texts, encoded, strict=True)):
+            starts = torch.tensor([first if end > first else -1 for first, end in tokens.offsets])
+            for first, end, holds in self.world.claims(text, list(self.scenes[index[at // each]].things)):
+                row[: len(starts)][(starts >= first) & (starts < end)] = float(holds)
+        return made
 
     def captions(self, index: list[int]) -> list[str]:
         return [self.world.caption(self.scenes[i]) for i in index]

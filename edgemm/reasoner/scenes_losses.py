@@ -3,9 +3,9 @@
 Axes: N scenes, B questions, T tokens, P cells of the picture's grid, C concepts, D width, H wrong captions, A answers.
 
 Alignment (stage 1): a caption is found by its picture and by its sound, and the other way, among the batch and among
-captions that are just not true (InfoNCE); level 1 says whether a caption belongs to a picture (matching); and each
-cell of the grid is like the words of what stands there, and like no others (the recogniser). The last is what makes
-the rest fast: a word finds what it names from the first step of cross-attention on.
+captions that are just not true (InfoNCE); level 1 says of a caption and of each of its words whether they hold of a
+picture (matching); and each cell of the grid is like the words of what stands there, and like no others (the
+recogniser). The last is what makes the rest fast: a word finds what it names from the first step of cross-attention on.
 Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE and matching, a
 triplet loss on the captions that are just not true, and captions written word by word.
 """
@@ -42,12 +42,16 @@ SUBSETS = {  # modality dropout: which modalities a batch of questions is given,
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Captions of about one length. rows int64[n]: of which scenes; ids, mask int64[n,1+H,T]; words [n,1+H,T,D]."""
+    """Captions of about one length. rows int64[n]: of which scenes; ids, mask int64[n,1+H,T]; words [n,1+H,T,D].
+
+    holds   float32[n,1+H,T]: whether the claim that a token is of holds, see ScenesCorpus.holding
+    """
 
     rows: Tensor
     ids: Tensor
     mask: Tensor
     words: Tensor
+    holds: Tensor
 
 
 class Losses(nn.Module):
@@ -63,7 +67,7 @@ class Losses(nn.Module):
     def alignment(self, index: list[int], keys: Keys, rng: random.Random) -> Tensor:
         """Of scenes with their image tokens [N,P,D] and audio tokens [N,F,D]."""
         model, read = self.model, self.captions(index)
-        loss = self.contrast(index, read, keys)[0] + self.matching(read, keys, rng)
+        loss = self.contrast(index, read, keys)[0] + self.matching(read, keys)
         known, vectors = self.words(read, rng)
         seen = self.scale * (keys["image"] @ vectors.T) / vectors.shape[-1] ** 0.5 + self.bias
         loss = loss + balanced(seen.float(), self.corpus.grid(index, model.config.side)[..., known])
@@ -92,14 +96,15 @@ class Losses(nn.Module):
             keys = {m: tokens[: len(index)] for m, tokens in keys.items()}
             read = self.captions(index)
             nce, far = self.contrast(index, read, keys)
-            loss = loss + recipe.contrastive_weight * (nce + self.matching(read, keys, rng))
+            loss = loss + recipe.contrastive_weight * (nce + self.matching(read, keys))
             loss = loss + recipe.triplet_weight * far + recipe.caption_weight * self.captioning(read, keys)
         return loss
 
     def captions(self, index: list[int]) -> list[Read]:
         """Each scene's caption, then its wrong ones, read in GROUPS of about one length: little of them is padding."""
         own, wrong = self.corpus.captions(index), self.corpus.wrong_captions(index)
-        texts = self.corpus.encode([text for one, others in zip(own, wrong, strict=True) for text in (one, *others)])
+        said = [text for one, others in zip(own, wrong, strict=True) for text in (one, *others)]
+        texts, holds = self.corpus.encode(said), self.corpus.holding(index, said).unflatten(0, (-1, 1 + WRONG))
         ids = texts.ids.unflatten(0, (len(index), 1 + WRONG))
         found = []
         for rows in (ids != 0).sum(2).amax(1).argsort(stable=True).chunk(GROUPS):
@@ -107,7 +112,8 @@ class Losses(nn.Module):
             chosen = chosen[..., : int((chosen != 0).sum(2).max())]
             mask = (chosen != 0).long()
             words = self.model.text_encoder(chosen.flatten(0, 1), mask.flatten(0, 1))
-            found.append(Read(rows, chosen, mask, words.unflatten(0, mask.shape[:2])))
+            length = chosen.shape[2]
+            found.append(Read(rows, chosen, mask, words.unflatten(0, mask.shape[:2]), holds[rows, :, :length]))
         return found
 
     def contrast(self, index: list[int], read: list[Read], keys: Keys) -> tuple[Tensor, Tensor]:
@@ -120,20 +126,19 @@ class Losses(nn.Module):
         nce = info_nce(text[:, 0], image, scale, text[:, 1:], same) + info_nce(text[:, 0], audio, scale, same=same)
         return nce, triplet(image, text[:, 0], text[:, 1:])
 
-    def matching(self, read: list[Read], keys: Keys, rng: random.Random) -> Tensor:
-        """Does the caption belong to the picture? Of each scene its own, a wrong one, and that of another scene."""
-        total, count = torch.zeros(()), 0
+    def matching(self, read: list[Read], keys: Keys) -> Tensor:
+        """Does the caption belong to the picture, its own or a wrong one, and which of its words hold?"""
+        match, total, count = self.model.match, torch.zeros(()), 0
+        held, truth = [], []
         for r in read:
-            n = len(r.rows)
-            wrong = torch.tensor([rng.randrange(1, 1 + WRONG) for _ in range(n)])
-            rows, first = torch.arange(n), torch.zeros(n, dtype=torch.int64)
-            pick = [(rows, first), (rows, wrong), (rows.roll(1), first)]
-            asked, mask = (torch.stack([x[at] for at in pick], 1).flatten(0, 1) for x in (r.words, r.mask))
-            said = self.model.reason(asked, mask, {"image": keys["image"][r.rows]}, levels=1).words[0]
-            truth = torch.tensor([1, 0, 0]).repeat(n)
-            total = total + F.cross_entropy(self.model.match(said[:, 0]).float(), truth, reduction="sum")
-            count += len(truth)
-        return total / count
+            words, mask = r.words.flatten(0, 1), r.mask.flatten(0, 1)
+            said = self.model.reason(words, mask, {"image": keys["image"][r.rows]}, levels=1).words[0]
+            right = torch.tensor([1, *[0] * WRONG]).repeat(len(r.rows))
+            total = total + F.cross_entropy(match(said, mask).float(), right, reduction="sum")
+            count += len(right)
+            held.append(match.word(said)[..., 0].flatten())
+            truth.append(r.holds.flatten())
+        return total / count + balanced(torch.cat(held).float(), torch.cat(truth))
 
     def captioning(self, read: list[Read], keys: Keys) -> Tensor:
         """Each word of a scene's caption after those before it, from its picture."""

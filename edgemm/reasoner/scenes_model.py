@@ -18,6 +18,7 @@ from edgemm.reasoner.alignment import Contrast
 from edgemm.reasoner.captioner import Captioner
 from edgemm.reasoner.config import MODALITIES, ScenesConfig
 from edgemm.reasoner.encoders import AudioEncoder, ImageEncoder, TextEncoder
+from edgemm.reasoner.fusion import ABSENT
 from edgemm.reasoner.levels import Level
 
 
@@ -28,6 +29,20 @@ class Reasoned:
     words: list[Tensor]
     logits: list[Tensor]
     gates: Tensor
+
+
+class Match(nn.Module):
+    """Does a text belong to what its words looked at? As little as its least true word does."""
+
+    def __init__(self, config: ScenesConfig) -> None:
+        super().__init__()
+        self.word = nn.Linear(config.width, 1)
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """words [B,T,D] of level 1, mask int64 [B,T] -> logits [B,2]: it doesn't, it does."""
+        held = self.word(words)[..., 0] + (1 - mask.to(words.dtype)) * -ABSENT
+        least = -torch.logsumexp(-held, 1)
+        return torch.stack([torch.zeros_like(least), least], 1)
 
 
 class ScenesReasoner(nn.Module):
@@ -42,7 +57,7 @@ class ScenesReasoner(nn.Module):
         self.contrast = Contrast(config)
         self.no_question = nn.Parameter(torch.randn(1, 1, config.width) * 0.5)
         self.levels = nn.ModuleList(Level(config, i) for i in range(len(config.levels)))
-        self.match = nn.Linear(config.width, 2)
+        self.match = Match(config)
         self.captioner = Captioner(config)
 
     def forward(

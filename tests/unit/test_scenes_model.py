@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from edgemm.reasoner.alignment import info_nce, triplet
 from edgemm.reasoner.captioner import BEGIN, END
 from edgemm.reasoner.config import ScenesConfig
 from edgemm.reasoner.corpus import build_tokenizer
-from edgemm.reasoner.encoders import AudioEncoder, ImageEncoder, TextEncoder
+from edgemm.reasoner.encoders import AudioEncoder, ImageEncoder, TextEncoder, grid_signal
 from edgemm.reasoner.fusion import Gates, Layer, SparseAttention
 from edgemm.reasoner.graph import HeteroGraph
 from edgemm.reasoner.model import Attention
@@ -93,6 +94,15 @@ def test_encoders_keep_time_and_place_and_have_one_width(model: ScenesReasoner) 
 
 
 @torch.inference_mode()
+def test_a_cell_of_the_grid_says_its_row_and_column() -> None:
+    signal = grid_signal(8, 192)[0].unflatten(0, (8, 8))
+    for step, x in ((1.0, 0), (0.01, 47)):  # the fastest and the slowest wave
+        assert torch.allclose(signal[3, :, 96 + x], torch.sin(torch.arange(8) * step), atol=1e-5)
+        assert torch.allclose(signal[:, 5, 48 + x], torch.cos(torch.arange(8) * step), atol=1e-5)
+    assert torch.equal(signal[2, :, :96], signal[2, :1, :96].expand(8, -1)), "a row's cells share its half"
+    assert torch.equal(signal[:, 2, 96:], signal[:1, 2, 96:].expand(8, -1))
+
+
 def test_what_an_audio_frame_becomes_does_not_hang_on_the_length_of_the_rest(model: ScenesReasoner) -> None:
     """But through attention; with none, silence behind a sound changes nothing of its beginning."""
     extractor = model.audio_encoder.wav2vec2.feature_extractor
@@ -340,6 +350,16 @@ def test_the_shortest_sound_has_a_frame_for_each_key_that_is_looked_at(top_k: in
 
 def test_config_survives_json(model: ScenesReasoner) -> None:
     assert ScenesConfig.from_dict(json.loads(json.dumps({"left": {}, **model.config.to_dict()}))) == model.config
+
+
+def test_a_text_holds_as_little_as_its_least_true_word(model: ScenesReasoner) -> None:
+    words, mask = torch.randn(3, 5, SCENES["width"]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    with torch.no_grad():
+        logits = model.match(words, mask)
+        for row, said, there in zip(logits, words, mask, strict=True):
+            odds = [math.exp(-float(model.match.word(word))) for word, one in zip(said, there, strict=True) if one]
+            assert row.tolist() == pytest.approx([0, -math.log(sum(odds))], abs=1e-4)
+            assert row[1] <= min(-math.log(o) for o in odds) + 1e-4
 
 
 # As a model family

@@ -80,6 +80,27 @@ def test_wrong_captions_are_wrong(corpus: ScenesCorpus) -> None:
         assert own not in wrong
 
 
+def test_words_of_claims_that_hold_are_told_from_others(corpus: ScenesCorpus) -> None:
+    i = next(
+        i for i in range(60) if len(corpus.scenes[i].things) == 2 and len(corpus.wrong_captions([i, 0])[0]) == WRONG
+    )
+    said, wrong = (
+        corpus.captions([i])[0],
+        next(n.text for n in scenes.hard_negatives(corpus.scenes[i]) if n.kind == "relation"),
+    )
+    texts = [said, wrong]
+    held, ids = corpus.holding([i], texts), corpus.encode(texts).ids
+    assert held.shape == ids.shape
+    names = [[corpus.tokenizer.id_to_token(t) for t in row.tolist()] for row in ids]
+    for row, words in zip(held.tolist(), names, strict=True):
+        for value, word in zip(row, words, strict=True):
+            assert (value == UNKNOWN) == (word in ("[PAD]", "[CLS]", "[SEP]", ";", ",")) or word == "and"
+    assert set(held[0].tolist()) == {UNKNOWN, 1.0}
+    facts = names[1].index(";")
+    assert set(held[1][:facts].tolist()) == {UNKNOWN, 1.0}
+    assert set(held[1][facts:].tolist()) == {UNKNOWN, 0.0}
+
+
 def test_the_grid_says_what_stands_where(corpus: ScenesCorpus) -> None:
     grid = corpus.grid([5], 16)[0].unflatten(0, (16, 16))
     for thing in corpus.scenes[5].things:
