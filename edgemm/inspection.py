@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from edgemm.report.schema import Certificate
 from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Session
+from edgemm.scorecard import TASKS, Row, scorecard
 
 TOOLS = (
     "torch",
@@ -146,17 +149,40 @@ def plot_links(found: dict[str, Any], file: Path) -> None:
 
 def evaluate(model: str, data: str | None) -> dict[str, dict[str, float]]:
     """The default metric on the verification split -> {"all" and each kind: {"n": samples, metric: value}}."""
+    with opened(model) as session:
+        if is_bundle(model):
+            data = data or read_bundle(Path(model)).manifest["provenance"]["recipe"]["data"]
+        return _evaluate(session, data)
+
+
+@contextmanager
+def opened(model: str, task: str | None = None) -> Iterator[Session]:
+    """A bundle's session, or that of a model's FP32 graphs for one of its tasks."""
     if is_bundle(model):
         bundle = read_bundle(Path(model))
-        program = bundle.manifest["program"]
-        session = Session(bundle.files, program, model)
-        return _evaluate(session, data or bundle.manifest["provenance"]["recipe"]["data"])
+        yield Session(bundle.files, bundle.manifest["program"], model)
+        return
     from edgemm.models import find_family, open_fp32, read_model, resolve
 
     with tempfile.TemporaryDirectory() as runs:
-        directory = resolve(model, runs=Path(runs))
+        directory = resolve(model, runs=Path(runs), task=task)
         family = find_family(directory)
-        return _evaluate(open_fp32(family, read_model(family, directory), directory), data)
+        yield open_fp32(family, read_model(family, directory), directory)
+
+
+def score(model: str, data: str) -> list[Row]:
+    """The scorecard's rows of every task of MODEL, or of each bundle TASK.edgemm in a directory; see scorecard.py."""
+    from edgemm.models import resolve, tasks_of
+
+    world, folder = plugins.plugin("data", data), Path(model)
+    bundles = {task: str(path) for task in TASKS if (path := folder / f"{task}.edgemm").is_file()}
+    if not bundles and not set(TASKS) <= set(tasks_of(resolve(model))):
+        raise InputError(f"{model} has not the tasks of a card", fix=f"give a model of {', '.join(TASKS)}")
+    rows = []
+    for task in bundles or TASKS:
+        with opened(bundles.get(task, model), None if bundles else task) as session:
+            rows += scorecard(task, session, world)
+    return rows
 
 
 def _evaluate(session: Session, data: str | None) -> dict[str, dict[str, float]]:

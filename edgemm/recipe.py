@@ -216,6 +216,7 @@ class Recipe(Strict):
     name: str
     description: str = ""
     model: str = "reasoner"
+    task: str | None = Field(None, description="of a model that has several: what its graphs are for; null: its first")
     data: str | None = None
     data_tolerance: float = Field(0.0, ge=0, lt=1, description="share of broken rows that is accepted")
     version: Version = Field(1, description="of the bundle; a device refuses one that is not higher than it had")

@@ -5,6 +5,7 @@ save(model, directory, source)          config, weights and the other files of `
 components(model) -> [Component]        graphs to export, in the order they run
 attentions(model) -> [AttentionBlock]   every attention layer; head pruning shrinks those with q, k, v, o
 token_layers(model) -> [TokenLayer]     where image tokens can leave (see _key_tokens.py); in some families
+TASKS, for_task(directory, task, out)   what a model can be for; writes it for one of them to `out`; in some families
 program(model, directory) -> dict       pre- and post-processing as data, see edgemm/runtime/program.py
 
 Families whose weights are a transformers checkpoint share _transformers.py. Neurons of feed-forward blocks, and
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgemm import plugins
+from edgemm.artifact import build, sha256_file
 from edgemm.errors import InputError
 from edgemm.models._graph import caller
 from edgemm.runtime.session import Session
@@ -145,17 +147,38 @@ class AttentionBlock:
         self.resize(len(heads))
 
 
-def resolve(model: str, inputs: Mapping[str, str] | None = None, runs: Path | None = None) -> Path:
+def resolve(
+    model: str, inputs: Mapping[str, str] | None = None, runs: Path | None = None, task: str | None = None
+) -> Path:
     """The directory of MODEL: an embedded name, a model directory, ONNX graphs or package.module:factory.
 
     inputs  kinds of an ONNX model's inputs, where they can't be read off
-    runs    where graphs from outside are brought into a directory of their own; see onnx.py
+    runs    where graphs from outside, and models for another task, get a directory of their own
+    task    of a model that has several; None: its own
     """
     check_model(model)
     path = EMBEDDED.get(model, Path(model))
-    if (path / "config.json").is_file():
+    if not (path / "config.json").is_file():
+        path = plugins.plugin("models", "onnx").bring_in(model, inputs or {}, runs)
+    if task is None:
         return path
-    return plugins.plugin("models", "onnx").bring_in(model, inputs or {}, runs)
+    tasks = tasks_of(path)
+    if task not in tasks:
+        known = f"use one of {', '.join(tasks)}" if tasks else "leave it out of the recipe"
+        raise InputError(f"{model} has no task {task!r}", fix=known)
+    assert runs is not None
+    config = {"task": task, "files": {name: sha256_file(path / name) for name in model_files(path)}}
+
+    def make(out: Path) -> None:
+        find_family(path).for_task(path, task, out / "model")
+
+    return build("imported", runs, config=config, make=make).path / "model"
+
+
+def tasks_of(directory: Path) -> tuple[str, ...]:
+    """What the model of a directory can be for; nothing of one that has a single task."""
+    tasks: tuple[str, ...] = getattr(find_family(directory), "TASKS", ())
+    return tasks
 
 
 def check_model(model: str) -> None:

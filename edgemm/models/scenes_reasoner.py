@@ -23,6 +23,17 @@ from edgemm.reasoner.model import Attention
 from edgemm.reasoner.scenes_model import ScenesReasoner
 from edgemm.runtime.preprocess import read_tokenizer
 
+TASKS = ("answer", "find_image", "find_audio", "caption")
+
+
+def for_task(directory: Path, task: str, out: Path) -> None:
+    """Write the model of `directory` for another of TASKS to `out`."""
+    out.mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copyfile(directory / name, out / name)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps({**config, "task": task}, indent=2) + "\n", encoding="utf-8")
+
 
 def load(directory: Path) -> ScenesReasoner:
     """The model of config.json and model.safetensors (any float width), pruned as the config says."""

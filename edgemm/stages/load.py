@@ -26,7 +26,7 @@ def load(recipe: Recipe, runs: Path) -> Artifact:
     str[n]; targets str[n], "" where there is none; and the model's outputs (edgemm/metrics/__init__.py:
     Outputs), each key with "out." before it.
     """
-    directory = resolve(recipe.model, recipe.inputs, runs)
+    directory = resolve(recipe.model, recipe.inputs, runs, recipe.task)
     family = find_family(directory)
     calibration, verification = split(
         recipe, cache(lambda: whole_program(family, read_model(family, directory), directory))
