@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -137,6 +137,35 @@ class ScenesCorpus:
                 row[: len(starts)][(starts >= first) & (starts < end)] = float(holds)
         return made
 
+    def mentions(self, index: list[int], ids: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Where texts name a thing by colour and shape, and the cells in which it is, none where it is not there.
+
+        index   scenes;  ids int64[N,H,T]  texts of each
+        ->      int64[M,3]: which scene, which text, which token (the shape's); float32[M,P], UNKNOWN at edges
+        """
+        where, cells = [], []
+        for n, (i, texts) in enumerate(zip(index, ids.tolist(), strict=True)):
+            known = dict(zip((t.name for t in self.scenes[i].things), self._cells(i, side), strict=True))
+            nothing = torch.zeros(side * side)
+            for k, text in enumerate(texts):
+                for at, pair in enumerate(pairwise(text), 1):
+                    if (name := self._names.get(pair)) is not None:
+                        where.append((n, k, at))
+                        cells.append(known.get(name, nothing))
+        return torch.tensor(where), torch.stack(cells)
+
+    def _cells(self, scene: int, side: int) -> list[Tensor]:
+        """For each thing of a scene the cells that are its own: float32[P], 1, 0 or UNKNOWN."""
+        size = self.images.shape[2] / side
+        centres = (torch.arange(side) + 0.5) * size
+        made = []
+        for thing in self.scenes[scene].things:
+            away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
+            own = torch.where(away < OUTSIDE, float(UNKNOWN), 0.0)
+            own[away <= max(INSIDE, size / 2)] = 1.0
+            made.append(own)
+        return made
+
     def captions(self, index: list[int]) -> list[str]:
         return [self.world.caption(self.scenes[i]) for i in index]
 
@@ -183,18 +212,22 @@ class ScenesCorpus:
 
     def grid(self, index: list[int], side: int) -> Tensor:
         """What stands in each cell of a `side` x `side` grid: float32[N,P,C], UNKNOWN where a thing's edge may be."""
-        size = self.images.shape[2] / side
-        centres = (torch.arange(side) + 0.5) * size
         made = torch.zeros(len(index), side * side, len(self.concepts))
         for row, i in zip(made, index, strict=True):
-            for thing in self.scenes[i].things:
-                away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
-                row[away < OUTSIDE] = UNKNOWN
-            for thing in self.scenes[i].things:
-                away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
+            cells = self._cells(i, side)
+            row[torch.stack(cells).amin(0) == UNKNOWN] = UNKNOWN
+            for thing, own in zip(self.scenes[i].things, cells, strict=True):
                 named = [float(c in (thing.colour, thing.shape, thing.size)) for c in self.concepts]
-                row[away <= max(INSIDE, size / 2)] = torch.tensor(named)
+                row[own == 1] = torch.tensor(named)
         return made
+
+    @cached_property
+    def _names(self) -> dict[tuple[int, int], str]:
+        """The ids of a colour and a shape -> what a thing of both is called."""
+        things = [t for scene in self.scenes for t in scene.things]
+        named = {t.colour for t in things}, {t.shape for t in things}
+        colours, shapes = ({self.tokenizer.token_to_id(word): word for word in words} for words in named)
+        return {(c, s): f"{colours[c]} {shapes[s]}" for c in colours for s in shapes}
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -4,10 +4,11 @@ Axes: N scenes, B questions, T tokens, P cells of the picture's grid, C concepts
 
 Alignment (stage 1): a caption is found by its picture and by its sound, and the other way, among the batch and among
 captions that are just not true (InfoNCE); level 1 says of a caption and of each of its words whether they hold of a
-picture (matching); and each cell of the grid is like the words of what stands there, and like no others (the
-recogniser). The last is what makes the rest fast: a word finds what it names from the first step of cross-attention on.
-Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE and matching, a
-triplet loss on the captions that are just not true, and captions written word by word.
+picture (matching); each cell of the grid is like the words of what stands there, and like no others (the
+recogniser), and like the names of that thing alone (grounding). These two make the rest fast: a word finds what it
+names from the first step of cross-attention on.
+Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE, matching, grounding,
+a triplet loss on the captions that are just not true, and captions written word by word.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Losses(nn.Module):
     def alignment(self, index: list[int], keys: Keys, rng: random.Random) -> Tensor:
         """Of scenes with their image tokens [N,P,D] and audio tokens [N,F,D]."""
         model, read = self.model, self.captions(index)
-        loss = self.contrast(index, read, keys)[0] + self.matching(read, keys)
+        loss = self.contrast(index, read, keys)[0] + self.matching(read, keys) + self.grounding(index, read, keys)
         known, vectors = self.words(read, rng)
         seen = self.scale * (keys["image"] @ vectors.T) / vectors.shape[-1] ** 0.5 + self.bias
         loss = loss + balanced(seen.float(), self.corpus.grid(index, model.config.side)[..., known])
@@ -96,7 +97,8 @@ class Losses(nn.Module):
             keys = {m: tokens[: len(index)] for m, tokens in keys.items()}
             read = self.captions(index)
             nce, far = self.contrast(index, read, keys)
-            loss = loss + recipe.contrastive_weight * (nce + self.matching(read, keys))
+            aligned = nce + self.matching(read, keys) + self.grounding(index, read, keys)
+            loss = loss + recipe.contrastive_weight * aligned
             loss = loss + recipe.triplet_weight * far + recipe.caption_weight * self.captioning(read, keys)
         return loss
 
@@ -139,6 +141,18 @@ class Losses(nn.Module):
             held.append(match.word(said)[..., 0].flatten())
             truth.append(r.holds.flatten())
         return total / count + balanced(torch.cat(held).float(), torch.cat(truth))
+
+    def grounding(self, index: list[int], read: list[Read], keys: Keys) -> Tensor:
+        """Where is what a caption names? Its shape's word is like the cells of that thing alone, and of no other."""
+        seen, truth = [], []
+        for r in read:
+            where, cells = self.corpus.mentions([index[i] for i in r.rows.tolist()], r.ids, self.model.config.side)
+            scene, text, at = where.unbind(1)
+            like = r.words.flatten(1, 2) @ keys["image"][r.rows].transpose(1, 2)
+            seen.append(like.unflatten(1, r.mask.shape[1:])[scene, text, at])
+            truth.append(cells)
+        likeness = torch.cat(seen).float() / self.model.config.width**0.5
+        return balanced(self.scale * likeness + self.bias, torch.cat(truth))
 
     def captioning(self, read: list[Read], keys: Keys) -> Tensor:
         """Each word of a scene's caption after those before it, from its picture."""

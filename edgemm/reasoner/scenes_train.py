@@ -184,7 +184,8 @@ class _Run:
         self.losses.train()
         for name in self.frozen:
             self.encoders[name].eval()
-        parts = batches(rng.sample(self.corpus.training, len(self.corpus.training)), recipe.scenes_per_batch)
+        size = recipe.alignment_batch if stage == "alignment" else recipe.reasoning_batch
+        parts = batches(rng.sample(self.corpus.training, len(self.corpus.training)), size)
         parts = [part for part in parts if len(part) > 1]
         steps, total = epochs * len(parts), 0.0
         for step, part in enumerate(progress(parts, f"{stage} {epoch + 1}/{epochs}"), epoch * len(parts)):

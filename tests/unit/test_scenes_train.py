@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgemm.data import easy_vqa, scenes
+from edgemm.data._scene_world import SHAPES
 from edgemm.errors import InputError
 from edgemm.reasoner import scenes_train as training
 from edgemm.reasoner.corpus import UNKNOWN
@@ -39,7 +41,8 @@ def recipe(bf16: bool = False, **changes: object) -> TrainScenes:
         "threads": 1,
         "scenes": 64,
         "validation_scenes": 16,
-        "scenes_per_batch": 16,
+        "alignment_batch": 16,
+        "reasoning_batch": 16,
         "questions_per_scene": 2,
         "alignment_epochs": 1,
         "reasoning_epochs": 2,
@@ -99,6 +102,28 @@ def test_words_of_claims_that_hold_are_told_from_others(corpus: ScenesCorpus) ->
     facts = names[1].index(";")
     assert set(held[1][:facts].tolist()) == {UNKNOWN, 1.0}
     assert set(held[1][facts:].tolist()) == {UNKNOWN, 0.0}
+
+
+def test_names_in_texts_are_where_their_things_are_and_nowhere_when_there_are_none(corpus: ScenesCorpus) -> None:
+    i = next(i for i in range(60) if len({(t.colour, t.shape) for t in corpus.scenes[i].things}) == 3)
+    by_name = {t.name: t for t in corpus.scenes[i].things}
+    texts = [corpus.captions([i])[0], "a big red circle and a small red square; the red circle is above the red square"]
+    ids = corpus.encode(texts).ids[None]
+    where, cells = corpus.mentions([i], ids, 8)
+    words = [[corpus.tokenizer.id_to_token(t) for t in row] for row in ids[0].tolist()]
+    named = [" ".join(words[k][at - 1 : at + 1]) for _, k, at in where.tolist()]
+    for k, text in enumerate(texts):
+        assert [name for name, (_, of, _) in zip(named, where.tolist(), strict=True) if of == k] == [
+            f"{a} {b}" for a, b in pairwise(text.replace(";", "").replace(",", "").split()) if b in SHAPES
+        ]
+    for name, row in zip(named, cells, strict=True):
+        if name not in by_name:
+            assert not row.any()
+            continue
+        thing = by_name[name]
+        for cell, value in enumerate(row.tolist()):
+            away = max(abs(8 * (cell // 8) + 4 - thing.y), abs(8 * (cell % 8) + 4 - thing.x))
+            assert value == (1 if away <= 4 else UNKNOWN if away < 13 else 0)
 
 
 def test_the_grid_says_what_stands_where(corpus: ScenesCorpus) -> None:
