@@ -224,10 +224,9 @@ class ScenesCorpus:
     @cached_property
     def _names(self) -> dict[tuple[int, int], str]:
         """The ids of a colour and a shape -> what a thing of both is called."""
+        ids = {word: i for word, i in self.tokenizer.get_vocab().items() if word in self.concepts}
         things = [t for scene in self.scenes for t in scene.things]
-        named = {t.colour for t in things}, {t.shape for t in things}
-        colours, shapes = ({self.tokenizer.token_to_id(word): word for word in words} for words in named)
-        return {(c, s): f"{colours[c]} {shapes[s]}" for c in colours for s in shapes}
+        return {(ids[t.colour], ids[t.shape]): t.name for t in things}
 
     @cached_property
     def _places(self) -> dict[str, int]:

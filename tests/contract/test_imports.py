@@ -135,7 +135,7 @@ def may_import(module: str, imported: str) -> bool:
         if own == "stages" and other in ("recording", "recovery", "simulation"):
             return True
         return other in shared or imported in SHARED or imported == module
-    tops = ("pipeline", "inspection", "conformance", "device_report", "scorecard", "triton", "oci")
+    tops = ("pipeline", "inspection", "conformance", "device_report", "few_shot", "scorecard", "triton", "oci")
     if own in ("search", "tuning", "trials", "kernels", "ceiling"):
         return other not in tops
     if own in tops:
