@@ -145,7 +145,6 @@ class TrainScenes(Strict):
     """Two-stage training of the scenes reasoner; see edgemm/reasoner/scenes_train.py.
 
     scenes, validation_scenes  how many are drawn to learn from, and others to judge by
-    *_batch         scenes of a step: many to be told apart in stage 1, few and so more steps in stage 2
     *_weight        of a loss beside that of the answers, which is 1
     exit_loss       share of the answers that leaving early may cost
     unfreeze        encoders that go on learning in stage 2; those that don't are run once a scene, not once an epoch
@@ -155,14 +154,14 @@ class TrainScenes(Strict):
     threads: int = Field(2, ge=1)
     scenes: int = Field(12_000, ge=16)
     validation_scenes: int = Field(400, ge=8)
-    alignment_batch: int = Field(64, ge=2)
-    reasoning_batch: int = Field(24, ge=2)
+    scenes_per_batch: int = Field(64, ge=2)
     questions_per_scene: int = Field(6, ge=1)
     alignment_epochs: int = Field(10, ge=1)
     reasoning_epochs: int = Field(20, ge=1)
     learning_rate: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     contrastive_weight: float = Field(0.2, ge=0)
+    grounding_weight: float = Field(0.5, ge=0)
     triplet_weight: float = Field(0.2, ge=0)
     caption_weight: float = Field(0.2, ge=0)
     exit_weight: float = Field(0.3, ge=0)

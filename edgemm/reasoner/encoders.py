@@ -37,6 +37,12 @@ class TextEncoder(nn.Module):
             ),
             add_pooling_layer=False,
         )
+        # As strong as BERT's own start, but alike for words that are as far apart: "the word before" is learned once.
+        places = self.bert.embeddings.position_embeddings
+        with torch.no_grad():
+            places.weight.copy_(
+                line_signal(config.max_tokens, config.width) * 2**0.5 * self.bert.config.initializer_range
+            )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask int64 [B,T] -> text_tokens [B,T,D]."""
@@ -106,16 +112,19 @@ class AudioEncoder(nn.Module):
         return self.norm(self.wav2vec2(input_values).last_hidden_state)
 
 
+def line_signal(length: int, width: int) -> Tensor:
+    """Sines, then cosines of 0 .. length-1 at rates from 1 to 0.01, float [length,width] (Vaswani et al. 2017)."""
+    angles = torch.arange(length)[:, None] * 100 ** -torch.linspace(0, 1, width // 2)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 def grid_signal(side: int, width: int) -> Tensor:
-    """Sines and cosines of each cell's row and column, float [1, side*side, width], row by row (Vaswani et al. 2017).
+    """`line_signal` of each cell's row, then of its column, float [1,side*side,width], row by row.
 
     As strong as what is seen, or "left of" could not be learned: nothing before the levels asks where a cell is.
     """
-    rates = 100 ** -torch.linspace(0, 1, width // 4)
-    angles = torch.arange(side)[:, None] * rates
-    line = torch.cat([angles.sin(), angles.cos()], -1)
-    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], -1).flatten(0, 1)[None]
+    line = line_signal(side, width // 2)
+    return torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], -1).flatten(0, 1)[None]
 
 
 def time_signal(times: Tensor, width: int) -> Tensor:

@@ -137,22 +137,26 @@ class ScenesCorpus:
                 row[: len(starts)][(starts >= first) & (starts < end)] = float(holds)
         return made
 
-    def mentions(self, index: list[int], ids: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Where texts name a thing by colour and shape, and the cells in which it is, none where it is not there.
+    def mentions(self, index: list[int], ids: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where texts name a thing by colour and shape, and where it is, nowhere if it is not there.
 
         index   scenes;  ids int64[N,H,T]  texts of each
-        ->      int64[M,3]: which scene, which text, which token (the shape's); float32[M,P], UNKNOWN at edges
+        ->      int64[M,3]: which scene, which text, which token (the shape's); float32[M,P] its cells, UNKNOWN at
+                edges; int64[M,2] its column and row, UNKNOWN if it is not there
         """
-        where, cells = [], []
+        where, cells, places = [], [], []
         for n, (i, texts) in enumerate(zip(index, ids.tolist(), strict=True)):
-            known = dict(zip((t.name for t in self.scenes[i].things), self._cells(i, side), strict=True))
-            nothing = torch.zeros(side * side)
+            things = self.scenes[i].things
+            known = {t.name: (own, t.cell) for t, own in zip(things, self._cells(i, side), strict=True)}
+            nothing = torch.zeros(side * side), (int(UNKNOWN), int(UNKNOWN))
             for k, text in enumerate(texts):
                 for at, pair in enumerate(pairwise(text), 1):
                     if (name := self._names.get(pair)) is not None:
+                        own, place = known.get(name, nothing)
                         where.append((n, k, at))
-                        cells.append(known.get(name, nothing))
-        return torch.tensor(where), torch.stack(cells)
+                        cells.append(own)
+                        places.append(place)
+        return torch.tensor(where), torch.stack(cells), torch.tensor(places)
 
     def _cells(self, scene: int, side: int) -> list[Tensor]:
         """For each thing of a scene the cells that are its own: float32[P], 1, 0 or UNKNOWN."""

@@ -3,12 +3,12 @@
 Axes: N scenes, B questions, T tokens, P cells of the picture's grid, C concepts, D width, H wrong captions, A answers.
 
 Alignment (stage 1): a caption is found by its picture and by its sound, and the other way, among the batch and among
-captions that are just not true (InfoNCE); level 1 says of a caption and of each of its words whether they hold of a
-picture (matching); each cell of the grid is like the words of what stands there, and like no others (the
-recogniser), and like the names of that thing alone (grounding). These two make the rest fast: a word finds what it
-names from the first step of cross-attention on.
-Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE, matching, grounding,
-a triplet loss on the captions that are just not true, and captions written word by word.
+captions that are just not true (InfoNCE); each cell of the grid is like the words of what stands there, and like no
+others (the recogniser), and like the names of that thing alone (grounding); level 1 says of a caption and of each of
+its words whether they hold of a picture (matching), and of a name where its thing stands (place). These make the rest
+fast: a word finds what it names, and says where, before anything is asked.
+Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE, matching, grounding
+and place, a triplet loss on the captions that are just not true, and captions written word by word.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from edgemm.recipe import TrainScenes
 
 Keys = Mapping[str, Tensor]
 GROUPS = 3
+FIELDS = 3  # columns, and rows, in which things stand
 SUBSETS = {  # modality dropout: which modalities a batch of questions is given, and how often
     ("text", "image"): 0.55,
     ("text", "image", "audio"): 0.15,
@@ -63,12 +64,14 @@ class Losses(nn.Module):
         self.model, self.corpus, self.recipe = model, corpus, recipe
         self.scale, self.bias = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-1.0))
         self.hears = Perception()
+        self.place = nn.Linear(model.config.width, 2 * FIELDS)
+        self.nowhere = nn.Linear(model.config.width, 1)
         self.concepts = torch.tensor([corpus.tokenizer.token_to_id(c) for c in corpus.concepts])
 
     def alignment(self, index: list[int], keys: Keys, rng: random.Random) -> Tensor:
         """Of scenes with their image tokens [N,P,D] and audio tokens [N,F,D]."""
         model, read = self.model, self.captions(index)
-        loss = self.contrast(index, read, keys)[0] + self.matching(read, keys) + self.grounding(index, read, keys)
+        loss = self.contrast(index, read, keys)[0] + self.grounded(index, read, keys)
         known, vectors = self.words(read, rng)
         seen = self.scale * (keys["image"] @ vectors.T) / vectors.shape[-1] ** 0.5 + self.bias
         loss = loss + balanced(seen.float(), self.corpus.grid(index, model.config.side)[..., known])
@@ -92,13 +95,13 @@ class Losses(nn.Module):
         loss = torch.stack(
             [w * F.cross_entropy(x.float(), answers) for w, x in zip(weights, logits, strict=True)]
         ).sum()
-        if recipe.contrastive_weight or recipe.triplet_weight or recipe.caption_weight:
+        beside = recipe.contrastive_weight, recipe.grounding_weight, recipe.triplet_weight, recipe.caption_weight
+        if any(beside):
             index = index[: len(index) // 2 + 1]  # of all of them it would take longer than the answers do
             keys = {m: tokens[: len(index)] for m, tokens in keys.items()}
             read = self.captions(index)
             nce, far = self.contrast(index, read, keys)
-            aligned = nce + self.matching(read, keys) + self.grounding(index, read, keys)
-            loss = loss + recipe.contrastive_weight * aligned
+            loss = loss + recipe.contrastive_weight * nce + recipe.grounding_weight * self.grounded(index, read, keys)
             loss = loss + recipe.triplet_weight * far + recipe.caption_weight * self.captioning(read, keys)
         return loss
 
@@ -128,31 +131,42 @@ class Losses(nn.Module):
         nce = info_nce(text[:, 0], image, scale, text[:, 1:], same) + info_nce(text[:, 0], audio, scale, same=same)
         return nce, triplet(image, text[:, 0], text[:, 1:])
 
-    def matching(self, read: list[Read], keys: Keys) -> Tensor:
-        """Does the caption belong to the picture, its own or a wrong one, and which of its words hold?"""
+    def grounded(self, index: list[int], read: list[Read], keys: Keys) -> Tensor:
+        """What captions, a scene's own and wrong ones, have to do with its picture, in three parts.
+
+        matching    level 1 says whether the caption belongs to the picture, and of each word whether its claim holds
+        grounding   the word for a thing's shape is like the cells of that thing alone, and like none if it isn't there
+        place       level 1 says of that word in which column and row the thing stands
+        """
         match, total, count = self.model.match, torch.zeros(()), 0
-        held, truth = [], []
+        held, truth, seen, own, nowhere, said_of, stands = [], [], [], [], [], [], []
         for r in read:
+            image = keys["image"][r.rows]
             words, mask = r.words.flatten(0, 1), r.mask.flatten(0, 1)
-            said = self.model.reason(words, mask, {"image": keys["image"][r.rows]}, levels=1).words[0]
+            said = self.model.reason(words, mask, {"image": image}, levels=1).words[0]
             right = torch.tensor([1, *[0] * WRONG]).repeat(len(r.rows))
             total = total + F.cross_entropy(match(said, mask).float(), right, reduction="sum")
             count += len(right)
             held.append(match.word(said)[..., 0].flatten())
             truth.append(r.holds.flatten())
-        return total / count + balanced(torch.cat(held).float(), torch.cat(truth))
-
-    def grounding(self, index: list[int], read: list[Read], keys: Keys) -> Tensor:
-        """Where is what a caption names? Its shape's word is like the cells of that thing alone, and of no other."""
-        seen, truth = [], []
-        for r in read:
-            where, cells = self.corpus.mentions([index[i] for i in r.rows.tolist()], r.ids, self.model.config.side)
+            where, cells, places = self.corpus.mentions(
+                [index[i] for i in r.rows.tolist()], r.ids, self.model.config.side
+            )
             scene, text, at = where.unbind(1)
-            like = r.words.flatten(1, 2) @ keys["image"][r.rows].transpose(1, 2)
+            like = r.words.flatten(1, 2) @ image.transpose(1, 2)
             seen.append(like.unflatten(1, r.mask.shape[1:])[scene, text, at])
-            truth.append(cells)
-        likeness = torch.cat(seen).float() / self.model.config.width**0.5
-        return balanced(self.scale * likeness + self.bias, torch.cat(truth))
+            own.append(cells)
+            nowhere.append(self.nowhere(r.words[scene, text, at]))
+            said_of.append(self.place(said.unflatten(0, r.mask.shape[:2])[scene, text, at]))
+            stands.append(places)
+        likeness = self.scale * torch.cat(seen).float() / self.model.config.width**0.5 + self.bias
+        found = torch.cat(said_of).float().unflatten(1, (2, FIELDS)).flatten(0, 1)
+        return (
+            total / count
+            + balanced(torch.cat(held).float(), torch.cat(truth))
+            + pointed(likeness, torch.cat(nowhere).float(), torch.cat(own))
+            + F.cross_entropy(found, torch.cat(stands).flatten(), ignore_index=int(UNKNOWN))
+        )
 
     def captioning(self, read: list[Read], keys: Keys) -> Tensor:
         """Each word of a scene's caption after those before it, from its picture."""
@@ -174,6 +188,17 @@ class Losses(nn.Module):
         drawn = [(c, *rng.choice(found)) for c, found in enumerate(places) if found]
         vectors = [read[group].words[row, 0, position] for _, group, row, position in drawn]
         return torch.tensor([c for c, *_ in drawn]), torch.stack(vectors)
+
+
+def pointed(logits: Tensor, nowhere: Tensor, cells: Tensor) -> Tensor:
+    """Cross-entropy of pointing at one of a thing's own cells, or nowhere if the thing is not there.
+
+    logits [M,P] of the cells, and nowhere's [M,1];  cells [M,P] as ScenesCorpus.mentions has them
+    """
+    every = torch.cat([nowhere, logits.masked_fill(cells == UNKNOWN, -torch.inf)], 1)
+    there = cells == 1
+    right = torch.cat([~there.any(1, keepdim=True), there], 1)
+    return (every.logsumexp(1) - every.masked_fill(~right, -torch.inf).logsumexp(1)).mean()
 
 
 def balanced(logits: Tensor, truth: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Match(nn.Module):
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
         """words [B,T,D] of level 1, mask int64 [B,T] -> logits [B,2]: it doesn't, it does."""
         held = self.word(words)[..., 0] + (1 - mask.to(words.dtype)) * -ABSENT
-        least = -torch.logsumexp(-held, 1)
+        least = mask.to(words.dtype).sum(1).log() - torch.logsumexp(-held, 1)  # 0 of words that are all 0
         return torch.stack([torch.zeros_like(least), least], 1)
 
 
