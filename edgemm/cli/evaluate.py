@@ -34,8 +34,9 @@ def command(
         from edgemm.artifact import write_atomic
         from edgemm.scorecard import markdown
 
-        figures = score(model, data or "scenes")
-        write_atomic(card, markdown(figures, data or "scenes").encode())
+        data = data or "scenes"
+        figures = score(model, data)
+        write_atomic(card, markdown(figures, data).encode())
         if json:
             console.result_json({"model": model, "data": data, "figures": [asdict(row) for row in figures]})
         else:

@@ -29,7 +29,7 @@ from edgemm.reasoner.scenes_model import Given, ScenesReasoner
 from edgemm.reasoner.scenes_validation import best_temperature, least_confidence
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import open_directory
-from tests.checkpoints import SCENES
+from tests.checkpoints import FULL_SCENES, SCENES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ("how many circles are there?", "is there a red circle?")
@@ -113,28 +113,11 @@ def test_what_an_audio_frame_becomes_does_not_hang_on_the_length_of_the_rest(mod
 
 @pytest.mark.parametrize("encoder", [TextEncoder, ImageEncoder, AudioEncoder])
 def test_encoders_build_at_full_size(encoder: type[nn.Module]) -> None:
-    full = ScenesConfig(answers=("a",), vocab_size=30522, **FULL)
+    full = ScenesConfig(answers=("a",), **FULL_SCENES)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in encoder(full).parameters())
     low, high = {TextEncoder: (80e6, 110e6), ImageEncoder: (20e6, 30e6), AudioEncoder: (80e6, 100e6)}[encoder]
     assert low < parameters < high
-
-
-FULL: dict[str, Any] = {
-    "width": 768,
-    "heads": 12,
-    "ffn_ratio": 4,
-    "max_tokens": 512,
-    "text_layers": 12,
-    "image_size": 224,
-    "image_layer": "bottleneck",
-    "image_channels": (256, 512, 1024, 2048),
-    "image_depths": (3, 4, 6, 3),
-    "audio_channels": (512,) * 7,
-    "audio_kernels": (10, 3, 3, 3, 3, 2, 2),
-    "audio_strides": (5, 2, 2, 2, 2, 2, 2),
-    "audio_layers": 12,
-}
 
 
 # Attention
