@@ -1,13 +1,11 @@
 """One encoder a modality, each to tokens of one width that keep where, or when, they are.
 
-Axes: B batch, T words, P cells of the image's grid, W samples of a waveform, F audio frames, V video frames, D width.
+Axes: B batch, T words, P cells of the image's grid, W samples of a waveform, F audio frames, D width.
 
 They are transformers' BERT, ResNet and Wav2Vec2, so a user's pretrained weights load into them.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -125,13 +123,3 @@ def grid_signal(side: int, width: int) -> Tensor:
     """
     line = line_signal(side, width // 2)
     return torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], -1).flatten(0, 1)[None]
-
-
-def time_signal(times: Tensor, width: int) -> Tensor:
-    """Seconds float [...] -> sines and cosines [..., width] of periods from 0.1 s to 1,000 s.
-
-    Vaswani et al. 2017, of seconds and not of positions: frames need not be evenly spaced.
-    """
-    periods = 0.1 * 10_000 ** torch.linspace(0, 1, width // 2, device=times.device)
-    angles = 2 * math.pi * times[..., None] / periods
-    return torch.cat([angles.sin(), angles.cos()], -1)
