@@ -57,8 +57,9 @@ def inspect(model: str) -> dict[str, Any]:
             "certificate": certificate.model_dump(mode="json", exclude_unset=True),
             "files": manifest["files"],
         }
-    from edgemm.models import find_family, is_torch, read_model, resolve, sizes, whole_program
+    from edgemm.models import find_family, is_torch, read_model, sizes, whole_program
     from edgemm.models._hidden_units import hidden_units
+    from edgemm.models._sources import resolve
 
     with tempfile.TemporaryDirectory() as runs:
         directory = resolve(model, runs=Path(runs))
@@ -88,7 +89,8 @@ def link_map(model: str, data: str | None) -> dict[str, Any]:
     heads  a number a head; `fused` are layers whose heads can't be told apart, since their q, k and v are one matrix
     """
     from edgemm.data import split
-    from edgemm.models import find_family, is_torch, open_fp32, read_model, resolve
+    from edgemm.models import find_family, is_torch, open_fp32, read_model
+    from edgemm.models._sources import resolve
     from edgemm.pruners._scores import links, magnitude
 
     if is_bundle(model):
@@ -162,7 +164,8 @@ def opened(model: str, task: str | None = None) -> Iterator[Session]:
         bundle = read_bundle(Path(model))
         yield Session(bundle.files, bundle.manifest["program"], model)
         return
-    from edgemm.models import find_family, open_fp32, read_model, resolve
+    from edgemm.models import find_family, open_fp32, read_model
+    from edgemm.models._sources import resolve
 
     with tempfile.TemporaryDirectory() as runs:
         directory = resolve(model, runs=Path(runs), task=task)
@@ -172,7 +175,7 @@ def opened(model: str, task: str | None = None) -> Iterator[Session]:
 
 def score(model: str, data: str) -> list[Row]:
     """The scorecard's rows of every task of MODEL, or of each bundle TASK.edgemm in a directory; see scorecard.py."""
-    from edgemm.models import resolve, tasks_of
+    from edgemm.models._sources import resolve, tasks_of
 
     world, folder = plugins.plugin("data", data), Path(model)
     bundles = {task: str(path) for task in TASKS if (path := folder / f"{task}.edgemm").is_file()}

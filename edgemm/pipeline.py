@@ -15,7 +15,7 @@ from edgemm.console import log
 from edgemm.data import check_data
 from edgemm.errors import InputError
 from edgemm.host import host
-from edgemm.models import check_model
+from edgemm.models._sources import check_model
 from edgemm.recipe import Recipe, check_plugins
 from edgemm.report import html, junit, markdown
 from edgemm.report.schema import BundleFile, Pruning, Report, TargetReport

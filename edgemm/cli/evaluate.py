@@ -10,13 +10,16 @@ import typer
 
 from edgemm import console
 
+TRAINED_ON = {"reasoner": "easy_vqa", "scenes_reasoner": "scenes"}
+
 
 def command(
     model: Annotated[str, typer.Argument(help="What compress takes, or an .edgemm file.")],
     data: Annotated[
         Optional[str],
         typer.Option(
-            metavar="NAME|FILE", help="Data set by name or file. Default: the bundle's, and easy_vqa for reasoner."
+            metavar="NAME|FILE",
+            help="Data set by name or file. Default: the bundle's, and what an embedded model was trained on.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -43,7 +46,7 @@ def command(
             columns = ("task", "figure", "n", "")
             console.table(f"{model} on {data}", columns, ((r.task, r.name, r.n, f"{r.value:.4f}") for r in figures))
         return
-    data = data or ("easy_vqa" if model == "reasoner" else None)
+    data = data or TRAINED_ON.get(model)
     rows = evaluate(model, data)
     if json:
         console.result_json({"model": model, "data": data, "accuracy": rows})

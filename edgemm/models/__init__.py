@@ -15,7 +15,7 @@ channels inside residual blocks, are found in all of them by _hidden_units.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,12 +29,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgemm import plugins
-from edgemm.artifact import build, sha256_file
 from edgemm.errors import InputError
 from edgemm.models._graph import caller
 from edgemm.runtime.session import Session
 
-EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
 OWN = ("reasoner", "scenes_reasoner")  # trained here: no checkpoints of transformers
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 Dtype = Literal["float32", "int64", "int32", "bool"]
@@ -145,56 +143,6 @@ class AttentionBlock:
         o.weight = nn.Parameter(o.weight.detach()[:, rows].clone())
         o.in_features = len(rows)
         self.resize(len(heads))
-
-
-def resolve(
-    model: str, inputs: Mapping[str, str] | None = None, runs: Path | None = None, task: str | None = None
-) -> Path:
-    """The directory of MODEL: an embedded name, a model directory, ONNX graphs or package.module:factory.
-
-    inputs  kinds of an ONNX model's inputs, where they can't be read off
-    runs    where graphs from outside, and models for another task, get a directory of their own
-    task    of a model that has several; None: its own
-    """
-    check_model(model)
-    path = EMBEDDED.get(model, Path(model))
-    if not (path / "config.json").is_file():
-        path = plugins.plugin("models", "onnx").bring_in(model, inputs or {}, runs)
-    if task is None:
-        return path
-    tasks = tasks_of(path)
-    if task not in tasks:
-        known = f"use one of {', '.join(tasks)}" if tasks else "leave it out of the recipe"
-        raise InputError(f"{model} has no task {task!r}", fix=known)
-    assert runs is not None
-    config = {"task": task, "files": {name: sha256_file(path / name) for name in model_files(path)}}
-
-    def make(out: Path) -> None:
-        find_family(path).for_task(path, task, out / "model")
-
-    return build("imported", runs, config=config, make=make).path / "model"
-
-
-def tasks_of(directory: Path) -> tuple[str, ...]:
-    """What the model of a directory can be for; nothing of one that has a single task."""
-    tasks: tuple[str, ...] = getattr(find_family(directory), "TASKS", ())
-    return tasks
-
-
-def check_model(model: str) -> None:
-    """InputError unless MODEL is one of the things that `resolve` takes."""
-    path = EMBEDDED.get(model, Path(model))
-    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".onnx"):
-        return
-    if path.is_dir() and not any(path.glob("*.onnx")):
-        raise InputError(
-            f"{path}: no config.json with a model_type", fix="give a model directory, or one of .onnx files"
-        )
-    if not path.exists() and ":" not in model:
-        raise InputError(
-            f"no model {model!r}",
-            fix=f"use {', '.join(EMBEDDED)}, the path of a model directory or .onnx file, or package.module:factory",
-        )
 
 
 def model_files(directory: Path) -> list[str]:

@@ -15,7 +15,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 from edgemm.models import AttentionBlock, Component
 from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import bart_attention
-from edgemm.models._scenes_graphs import GRAPHS, output
+from edgemm.models._scenes_graphs import GRAPHS, most_tokens, output
 from edgemm.models._shrunk import left, shrink
 from edgemm.reasoner.config import ScenesConfig
 from edgemm.reasoner.corpus import MEAN, STD
@@ -94,7 +94,7 @@ def program(model: ScenesReasoner, directory: Path) -> dict[str, Any]:
         "ids": "input_ids",
         "mask": "attention_mask",
         "tokenizer": "tokenizer.json",
-        "max_tokens": config.max_tokens,
+        "max_tokens": most_tokens(config),
     }
     audio = {
         "tensor": "input_values",

@@ -34,11 +34,11 @@ FIELDS = 3  # columns, and rows, in which things stand
 SUBSETS = {  # modality dropout: which modalities a batch of questions is given, and how often
     ("text", "image"): 0.55,
     ("text", "image", "audio"): 0.15,
-    ("text", "audio"): 0.15,
+    ("text", "audio"): 0.12,
     ("text",): 0.03,
     ("image",): 0.05,
     ("audio",): 0.04,
-    ("image", "audio"): 0.03,
+    ("image", "audio"): 0.06,
 }
 
 

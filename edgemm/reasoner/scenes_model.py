@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgemm.reasoner.alignment import Contrast
 from edgemm.reasoner.captioner import Captioner
@@ -111,8 +112,8 @@ class Given(nn.Module):
 
     def __init__(self, model: ScenesReasoner) -> None:
         super().__init__()
-        self.no_question = model.no_question
-        self.least = max(1, model.config.top_k)
+        self.no_question, self.tokens = model.no_question, model.config.question_tokens
+        self.keys = {"image": model.config.patches, "audio": max(1, model.config.top_k)}
 
     def forward(
         self,
@@ -123,16 +124,16 @@ class Given(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens [B,T,D], [B,P,D], [B,F,D] -> question, question_mask, image_keys, audio_keys, present [B,M].
 
-        The keys of an absent modality are zeros, as few as the levels take, and count for nothing.
+        What is absent is zeros that count for nothing: as many words and cells as there may be, as few audio frames.
         """
         tokens = next(t for t in (text_tokens, image_tokens, audio_tokens) if t is not None)
         batch, width = tokens.shape[0], tokens.shape[2]
         if text_tokens is None or attention_mask is None:
-            question, mask = self.no_question.expand(batch, -1, -1), torch.ones(batch, 1, dtype=torch.int64)
+            question = F.pad(self.no_question, (0, 0, 0, self.tokens - 1)).expand(batch, -1, -1)
+            mask = F.pad(torch.ones(batch, 1, dtype=torch.int64), (0, self.tokens - 1))
         else:
             question, mask = text_tokens, attention_mask
         given = dict(zip(MODALITIES, (image_tokens, audio_tokens), strict=True))
-        none = torch.zeros(batch, self.least, width)
-        image, audio = (none if t is None else t for t in given.values())
+        image, audio = (torch.zeros(batch, self.keys[m], width) if t is None else t for m, t in given.items())
         present = torch.tensor([[float(t is not None) for t in given.values()]]).expand(batch, -1)
         return question.clone(), mask.clone(), image.clone(), audio.clone(), present.clone()

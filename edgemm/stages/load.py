@@ -14,7 +14,8 @@ from edgemm.artifact import Artifact, build, sha256_file
 from edgemm.console import log
 from edgemm.data import Sample, digest, split
 from edgemm.errors import InputError
-from edgemm.models import find_family, model_files, open_fp32, read_model, resolve, tokenizer_of, whole_program
+from edgemm.models import find_family, model_files, open_fp32, read_model, tokenizer_of, whole_program
+from edgemm.models._sources import resolve
 from edgemm.recipe import Recipe
 
 

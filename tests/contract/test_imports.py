@@ -51,6 +51,7 @@ SHARED = (
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
     "edgemm.models._key_tokens",
+    "edgemm.models._sources",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import combinations
+import random
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,13 @@ def test_every_component_exports_and_is_the_same_in_onnx_runtime(directory: Path
     assert len({tuple(np.round(row, 3)) for row in expected}) == len(SUBSETS)
     whole = onnx_session.infer(onnx_session.tensors(queries[-1]))["logits"]
     np.testing.assert_allclose(whole[0], got[-1], atol=1e-4)
+
+
+def test_no_question_has_more_tokens_than_graphs_of_questions_take() -> None:
+    asked = {q.text for s in islice(world.scenes("test", 0), 100) for q in world.questions(s, random.Random(0))}
+    words = build_tokenizer(sorted(asked), ("yes",))
+    longest = max(len(words.encode(text).ids) for text in asked)
+    assert longest <= ScenesConfig(answers=("yes",), vocab_size=9).question_tokens
 
 
 def test_captions_in_onnx_runtime_are_those_that_torch_writes_a_word_at_a_time(tmp_path: Path) -> None:
