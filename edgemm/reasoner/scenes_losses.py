@@ -9,6 +9,7 @@ its words whether they hold of a picture (matching), and of a name where its thi
 fast: a word finds what it names, and says where, before anything is asked.
 Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE, matching, grounding
 and place, a triplet loss on the captions that are just not true, and captions written word by word.
+Captions (stage 3): those alone.
 """
 
 from __future__ import annotations
@@ -178,6 +179,12 @@ class Losses(nn.Module):
             total = total + F.cross_entropy(logits.flatten(0, 1), right, ignore_index=0, reduction="sum")
             count += int((right != 0).sum())
         return total / count
+
+    def written(self, index: list[int], image: Tensor) -> Tensor:
+        """`captioning` of scenes with their image tokens [N,P,D], nothing else being read."""
+        ids = self.corpus.encode(self.corpus.captions(index)).ids
+        logits = self.model.captioner(ids[:, :-1], image).float()
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
 
     def words(self, read: list[Read], rng: random.Random) -> tuple[Tensor, Tensor]:
         """Which concepts the scenes' captions name, int64 [C], and one of the mentions of each [C,D]."""

@@ -357,9 +357,7 @@ def test_a_text_holds_as_little_as_its_least_true_word(model: ScenesReasoner) ->
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "attention": {},
-    "top_k": {"top_k": 2},
-    "graph": {"alignment": ("graph",)},
-    "both-static": {"alignment": ("attention", "graph"), "fusion": "static"},
+    "both-static-top_k": {"alignment": ("attention", "graph"), "fusion": "static", "top_k": 2},
     "slots": {"alignment": ()},
 }
 
