@@ -30,6 +30,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python tests/bench/compress.py
+	$(BIN)/python tests/bench/whole_time.py
 	$(BIN)/python tests/bench/quantizers.py reasoner
 	$(BIN)/python tests/bench/quantizers.py reasoner --target x86-onnxruntime
 	$(BIN)/python tests/bench/quantizers.py whisper

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from edgemm.console import log
 from edgemm.errors import EdgemmError, InputError
 
 Kind = Literal[
@@ -91,13 +93,17 @@ def build(
     tools: Sequence[str] = (),
     make: Callable[[Path], None],
 ) -> Artifact:
-    """The artifact of these inputs: from `runs` when it is there whole, else made now by `make(directory)`."""
+    """The artifact of these inputs: from `runs` when it is there whole, else made now by `make(directory)`.
+
+    What takes a second and more is logged with its seconds, those of artifacts made on the way included.
+    """
     versions = tool_versions(tools)
     digests = tuple(p.digest for p in parents)
     key = sha256_text(canonical({"kind": kind, "parents": digests, "config": config, "versions": versions}))
     final = runs / f"{kind}-{key[:16]}"
     if (found := _read(final, key)) is not None:
         return found
+    begin = time.monotonic()
     shutil.rmtree(final, ignore_errors=True)
     with new_directory(final) as temporary:
         make(temporary)
@@ -116,6 +122,8 @@ def build(
             files=files,
         )
         write_atomic(temporary / "manifest.json", canonical(manifest.model_dump(by_alias=True)).encode())
+    if (seconds := time.monotonic() - begin) >= 1:
+        log(f"{final.name} took {seconds:.0f} s")
     return Artifact(final, manifest)
 
 

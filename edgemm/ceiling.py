@@ -14,7 +14,8 @@ from edgemm.data import split
 from edgemm.host import host
 from edgemm.kernels import kernels
 from edgemm.recipe import Recipe
-from edgemm.report.schema import Latency, Share
+from edgemm.report.int8_schema import Share
+from edgemm.report.schema import Latency
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import Directory, open_directory
 from edgemm.stages.compile import compile_engine

@@ -22,7 +22,7 @@ from edgemm.graph.shapes import is_decoder
 from edgemm.graph.timing import timed
 from edgemm.host import host
 from edgemm.kernels import kernels, of_products
-from edgemm.report.schema import Trial
+from edgemm.report.int8_schema import Trial
 from edgemm.runtime.query import Tensors
 from edgemm.runtime.session import Directory
 from edgemm.simulation import Call, answers, simulated, sqnr_db

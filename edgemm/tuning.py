@@ -26,8 +26,8 @@ from edgemm.graph.switches import INPUT, switchable
 from edgemm.host import host
 from edgemm.recipe import QuantizeSearch, Recipe
 from edgemm.recording import record, spread
+from edgemm.report.int8_schema import Sensitivity, Trial, Tuned
 from edgemm.report.int8_tables import smoothing
-from edgemm.report.schema import Sensitivity, Trial, Tuned
 from edgemm.runtime.query import Tensors
 from edgemm.simulation import Outputs, answers, simulated, sqnr_db
 from edgemm.stages.quantize import Work

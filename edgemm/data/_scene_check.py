@@ -18,7 +18,7 @@ from edgemm.data._scene_clips import Subtitle
 from edgemm.data._scene_media import RATE
 from edgemm.data._scene_truth import heard, is_true, seen
 from edgemm.data._scene_words import Question
-from edgemm.data._scene_world import Thing
+from edgemm.data._scene_world import SIDE, Thing
 from edgemm.data.manifest import read
 from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime.audio import read_audio
@@ -31,7 +31,7 @@ class StoredClip:
     """A clip of a data set, its subtitles at their right times.
 
     frames       file of its frames, for read_frames;  fps  how many of them a second shows
-    wrong_times  subtitles of which two stand at each other's time;  wrong_roles  with two things exchanged
+    wrong_times  subtitles in another order at the same times;  wrong_roles  with two things exchanged
     late         how many frames too late the file has the subtitles, where that was repaired, else 0
     """
 
@@ -73,11 +73,11 @@ def read_clips(path: Path, tolerance: float) -> dict[str, list[StoredClip]]:
     rows = _rows(path)
     for row in progress(rows, f"read {path.name}"):
         try:
-            clip = _clip(row, path.parent)
+            parts[row["split"]].append(_clip(row, path.parent))
         except InputError as e:
             broken.append(f"{row['id']}: {str(e).splitlines()[0]}")
-            continue
-        parts[row["split"]].append(clip)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+            broken.append(f"{row['id']}: not as it was written: {e!r}")
     tolerate(path, broken, len(rows), tolerance)
     if late := {clip.id: clip.late for part in parts.values() for clip in part if clip.late}:
         name = max(late, key=lambda n: abs(late[n]))
@@ -133,7 +133,7 @@ def _shown(sample: Sample) -> list[Thing]:
     if not isinstance(sample.image, Path):
         return []
     with Image.open(sample.image) as image:
-        return seen(np.array(image.convert("RGB")))
+        return seen(np.array(image.convert("RGB"))) if image.size == (SIDE, SIDE) else []
 
 
 def _caption_is_right(sample: Sample) -> bool:

@@ -71,7 +71,7 @@ class Clip:
     events: tuple[Event, ...]
 
     @property
-    def meaning(self) -> str:
+    def told(self) -> str:
         """What happens to what, in order, whenever and wherever it does."""
         return "; ".join([*sorted(f"{t.size} {t.name}" for t in self.things), *(e.text for e in self.events)])
 
@@ -93,12 +93,12 @@ def subtitles(clip: Clip) -> list[Subtitle]:
 
 
 def wrong_times(clip: Clip) -> list[Subtitle]:
-    """The clip's subtitles, two of them at each other's time: what comes or goes changes places with its neighbour."""
+    """The clip's subtitles in another order at the same times: what comes or goes does so sooner or later."""
     shown = subtitles(clip)
-    at = next(i for i, event in enumerate(clip.events) if event.kind in ("appears", "vanishes"))
-    other = at - 1 if at else 1
     texts = [s.text for s in shown]
-    texts[at], texts[other] = texts[other], texts[at]
+    at = next(i for i, event in enumerate(clip.events) if event.kind in ("appears", "vanishes"))
+    to = random.Random(clip.told).choice([i for i in range(len(texts)) if i != at])
+    texts.insert(to, texts.pop(at))
     return [replace(s, text=text) for s, text in zip(shown, texts, strict=True)]
 
 
@@ -139,7 +139,7 @@ def clip_questions(clip: Clip, rng: random.Random) -> list[Question]:
 
 
 def clips(split: str, seed: int) -> Iterator[Clip]:
-    """Clips without end: "train", or "test", where no two have the same meaning and none one of a training clip.
+    """Clips without end: "train", or "test", where of no two the same is told, nor what is told of a training clip.
 
     Raises InputError.
     """
@@ -149,8 +149,8 @@ def clips(split: str, seed: int) -> Iterator[Clip]:
     seen: set[object] = set()
     while True:
         made = _clip(rng)
-        key = made.meaning if split == "test" else made
-        if key not in seen and part_of(made.meaning) == split:
+        key = made.told if split == "test" else made
+        if key not in seen and part_of(made.told) == split:
             seen.add(key)
             yield made
 

@@ -62,7 +62,7 @@ def tones(scene: Scene) -> NDArray[np.float32]:
     is the colour, the course the shape, the length the size.
     """
     silence = np.zeros(round(GAP * RATE), np.float32)
-    pieces = [piece for thing in sorted(scene.things, key=lambda t: t.cell) for piece in (silence, tone(thing))]
+    pieces = [piece for thing in scene.in_order for piece in (silence, tone(thing))]
     return np.concatenate(pieces[1:])
 
 

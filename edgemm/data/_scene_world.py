@@ -28,7 +28,7 @@ CENTRES = (11, 32, 53)  # of the three columns and of the three rows, pixels
 JITTER = 2  # how far a thing stands from its cell's centre at most: things never touch
 THINGS = (1, 2, 2, 2, 3, 3)  # how many there are, drawn from these
 SPLITS = ("train", "test", "new")
-TEST_SHARE = 5  # one meaning of so many is held out of training
+TEST_SHARE = 5  # one of so many is held out of training
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,18 @@ class Scene:
     wording: int
 
     @property
+    def in_order(self) -> list[Thing]:
+        """The things from left to right, in one column from top to bottom."""
+        return sorted(self.things, key=lambda thing: thing.cell)
+
+    @property
+    def told(self) -> str:
+        """What tones tell of it: the things in order."""
+        return ", ".join(f"{thing.size} {thing.name}" for thing in self.in_order)
+
+    @property
     def meaning(self) -> str:
-        """All that words can say of it, the same for all scenes of which the same can be said."""
+        """What words can say of it: the same for all scenes of which the same can be said."""
         ordered = sorted(self.things, key=lambda thing: thing.name)
         facts = [f"{thing.size} {thing.name}" for thing in ordered]
         facts += [
@@ -92,9 +102,9 @@ def relations(a: Thing, b: Thing) -> list[str]:
     return [relation for relation, holds in held.items() if holds]
 
 
-def part_of(meaning: str) -> str:
-    """Whose scenes may have this meaning, "train" or "test": by a digest, so that no seed lets both have it."""
-    return "train" if int(sha256_text(meaning)[:8], 16) % TEST_SHARE else "test"
+def part_of(told: str) -> str:
+    """Where a scene or clip belongs of which this is told, "train" or "test", whatever the seed: a digest decides."""
+    return "train" if int(sha256_text(told)[:8], 16) % TEST_SHARE else "test"
 
 
 def draw_things(rng: random.Random, count: int, cells: list[tuple[int, int]]) -> list[Thing]:
@@ -126,8 +136,8 @@ def draw_cells(rng: random.Random) -> list[tuple[int, int]]:
 def scenes(split: str, seed: int) -> Iterator[Scene]:
     """Scenes without end, each once.
 
-    split  "train"; "test", where no two have the same meaning and none has one that a training scene can have; or
-           "new", where the first thing of each is a NEW_SHAPE, which is in no other split
+    split  "train"; "test", where tones tell of no two the same, nor what they tell of a training scene, so that
+           captions differ as well; or "new", where the first thing of each is a NEW_SHAPE, which no other split has
 
     Raises InputError.
     """
@@ -140,7 +150,7 @@ def scenes(split: str, seed: int) -> Iterator[Scene]:
         if split == "new":
             things[0] = replace(things[0], shape=NEW_SHAPE)
         scene = Scene(tuple(things), rng.getrandbits(32))
-        key = scene.meaning if split == "test" else frozenset(things)
-        if key not in seen and split in ("new", part_of(scene.meaning)):
+        key = scene.told if split == "test" else frozenset(things)
+        if key not in seen and split in ("new", part_of(scene.told)):
             seen.add(key)
             yield scene

@@ -1,4 +1,9 @@
-"""Scenes of coloured shapes, drawn by a seed: pictures, sounds, captions, questions with answers, short clips."""
+"""Scenes of coloured shapes, drawn by a seed: pictures, tones, captions, questions with answers, short clips.
+
+What tones tell of a test scene, and so all that words do, is told of no training scene, whatever the seeds: a digest
+of it decides where a scene belongs. One shape, the cross, is in neither: scenes("new", seed) has it, so that a new
+class can be learned from a few pictures.
+"""
 
 from __future__ import annotations
 

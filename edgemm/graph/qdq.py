@@ -162,7 +162,8 @@ def place(
     largest  magnitude of each tensor on calibration samples, where the quantizer left no range
     One Q and one DQ an activation, shared by all that take it; weights are stored as INT8, per output channel, and
     embedding tables per row: lookup and DequantizeLinear are one kernel, and a table that is a product's weight, too,
-    is there once. A product whose input is always zero stays in float: TensorRT refuses a scale of zero.
+    is there once, in float where the product is. A product whose input is always zero stays in float: TensorRT refuses
+    a scale of zero.
     TensorRT takes no zero points, and what a GELU gives would use half of the levels. Where a range is off zero by
     OFF_CENTRE, its middle is taken off before rounding, and what the product makes of it is added after it.
     """
@@ -173,6 +174,7 @@ def place(
     nodes: list[onnx.NodeProto] = []
     dequantized: dict[str, str] = {}
     placed = []
+    floating = {node.input[1] for node in model.graph.node if node.name in axes} - {*weights}
 
     def stored(name: str, axis: int) -> str:
         if name not in dequantized:
@@ -181,7 +183,7 @@ def place(
         return dequantized[name]
 
     for node in model.graph.node:
-        if table(node, view) is not None:
+        if table(node, view) is not None and node.input[0] not in floating:
             node.input[0] = stored(node.input[0], 0)
         elif node.name in axes and node.input[1] in weights:
             source, weight, axis = node.input[0], node.input[1], axes[node.name]

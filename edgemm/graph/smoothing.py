@@ -27,7 +27,7 @@ SMALLEST = 1e-5  # of s
 
 @dataclass(slots=True)
 class Group:
-    """A LayerNormalization and the products with constant weights that read it.
+    """A LayerNormalization and the products with constant weights that read it, or tokens chosen of it.
 
     products  each with the axis of its weights' input channels;  others  its other readers
     rows      float32[ROWS, C] of what it gives on calibration samples;  peak  float32[C] largest magnitudes
@@ -132,6 +132,7 @@ def _rounded(values: NDArray[np.float32], magnitude: NDArray[np.float32]) -> NDA
 
 def _groups(model: onnx.ModelProto, view: View) -> list[Group]:
     outputs = {o.name for o in model.graph.output}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in model.graph.value_info}
     found = []
     for norm in model.graph.node:
         if (
@@ -142,11 +143,30 @@ def _groups(model: onnx.ModelProto, view: View) -> list[Group]:
             continue
         if gain.ndim != 1 or gain.dtype != np.float32 or (len(norm.input) > 2 and view.value(norm.input[2]) is None):
             continue
-        axes = [(n, _input_axis(n, norm.output[0], view)) for n in view.takers[norm.output[0]]]
-        products = [(n, axis) for n, axis in axes if axis is not None]
-        if products:
-            found.append(Group(norm, products, [n for n, axis in axes if axis is None]))
+        group = Group(norm, [], [])
+        _readers(norm.output[0], ranks.get(norm.output[0], 0), group, view, outputs)
+        if group.products:
+            found.append(group)
     return found
+
+
+def _readers(name: str, rank: int, group: Group, view: View, outputs: set[str]) -> None:
+    """Sort what reads `name` into `group`, through a choice of tokens that products alone read: a class token, mostly.
+
+    rank   axes of the tensor; 0 where it is not known
+    """
+    for node in view.takers[name]:
+        if (axis := _input_axis(node, name, view)) is not None:
+            group.products.append((node, axis))
+            continue
+        picked = node.output[0]
+        chooses = node.op_type == "Gather" and node.input[0] == name and 0 <= attribute(node, "axis", 0) < rank - 1
+        takers = view.takers[picked] if chooses and picked not in outputs else []
+        through = [(n, axis) for n in takers if (axis := _input_axis(n, picked, view)) is not None]
+        if takers and len(through) == len(takers):
+            group.products += through
+        else:
+            group.others.append(node)
 
 
 def _input_axis(node: onnx.NodeProto, name: str, view: View) -> int | None:

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -82,6 +82,16 @@ def batched(model: onnx.ModelProto, samples: Samples) -> list[Tensors]:
     return joined
 
 
+def sharing(model: onnx.ModelProto, names: Sequence[str]) -> set[str]:
+    """The named nodes and those that read the same constants: NNCF rounds a tensor for all that read it.
+
+    A table that rows are looked up in is often the vocabulary's, too.
+    """
+    constants = {i.name for i in model.graph.initializer}
+    read = {i for n in model.graph.node if n.name in set(names) for i in n.input if i in constants}
+    return {*names, *(n.name for n in model.graph.node if n.name and read & {*n.input})}
+
+
 def quantize(model: onnx.ModelProto, samples: Samples, options: Options) -> onnx.ModelProto:
     """FP32 graph and calibration inputs by name -> the same graph with Q/DQ, per-channel weights."""
     require()
@@ -94,7 +104,7 @@ def quantize(model: onnx.ModelProto, samples: Samples, options: Options) -> onnx
     floats = kept(model, options.keep_float)
     if options.weight_only:
         mode = f"INT{options.bits}_{'SYM' if options.preset == 'performance' else 'ASYM'}"
-        scope = nncf.IgnoredScope(names=sorted({*floats})) if floats else None
+        scope = nncf.IgnoredScope(names=sorted(sharing(model, floats))) if floats else None
         groups = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
         with contextlib.redirect_stdout(io.StringIO()):
             made = nncf.compress_weights(

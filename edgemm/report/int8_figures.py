@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from edgemm.report.int8_schema import Sensitivity, Tuned
 from edgemm.report.look import BEYOND, COMPRESSED, FP32, MUTED, WIDTH_IN, shorten
-from edgemm.report.schema import Sensitivity, Tuned
 
 MOST_SENSITIVE = 20
 

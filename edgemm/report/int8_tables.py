@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from edgemm.report.schema import Saturation, Settled, Share, TargetReport, Trial, Tuned
+from edgemm.report.int8_schema import Saturation, Settled, Share, Trial, Tuned
+from edgemm.report.schema import TargetReport
 
 TUNED_HEAD = ("component", "SQNR, dB", "asked", "speed-up", "form")
 TRIAL_HEAD = ("component", "form", "SQNR, dB", "speed-up", "")

@@ -28,7 +28,7 @@ from edgemm.host import adds_in_16_bits, host_isa
 from edgemm.models import find_family, read_model
 from edgemm.recipe import Recipe
 from edgemm.recording import record, spread
-from edgemm.report.schema import Saturation, Settled
+from edgemm.report.int8_schema import Saturation, Settled
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Tensors
 from edgemm.simulation import unbiased

@@ -194,7 +194,7 @@ def test_without_ranges_weights_alone_are_int8() -> None:
     assert (len(names), kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (4, 0, 4)
 
 
-def test_a_table_that_is_a_products_weight_too_is_stored_once() -> None:
+def test_a_table_that_is_a_products_weight_too_is_stored_once_and_in_float_with_it() -> None:
     n = helper.make_node
     nodes = [n("Gather", ["table", "ids"], ["e"]), n("Gemm", ["e", "table"], ["y"], transB=1)]
     weight = np.random.default_rng(0).standard_normal((2048, 32)).astype(np.float32)
@@ -205,6 +205,8 @@ def test_a_table_that_is_a_products_weight_too_is_stored_once() -> None:
     (dequantize,) = [node for node in placed.graph.node if node.op_type == "DequantizeLinear"]
     assert {node.op_type for node in placed.graph.node if dequantize.output[0] in node.input} == {"Gather", "Gemm"}
     assert [i.dims for i in placed.graph.initializer if len(i.dims) == 2] == [[2048, 32]]
+    kept, none = qdq.place(graph, {}, {}, frozenset())
+    assert not none and not any(node.op_type == "DequantizeLinear" for node in kept.graph.node)
 
 
 def test_what_the_quantizer_kept_in_float_stays_so() -> None:

@@ -102,6 +102,68 @@ def test_alpha_is_each_layers_own(block: Graph) -> None:
     assert set(found) == {readers["head"]}
 
 
+def class_token_head(axis: int, *, elsewhere: bool = False) -> onnx.ModelProto:
+    """x float32[b,4,WIDTH] -> LayerNormalization -> one of `axis` chosen -> product with constant weights -> y."""
+    rng = np.random.default_rng(0)
+    gain = np.ones(WIDTH, np.float32)
+    gain[OUTLIERS] = 100
+    weight = rng.standard_normal((4 if axis == 2 else WIDTH, 8), np.float32)
+    constants = {"gain": gain, "bias": gain * 0, "weight": weight, "first": np.array(0)}
+    nodes = [
+        onnx.helper.make_node("LayerNormalization", ["x", "gain", "bias"], ["normed"], axis=-1),
+        onnx.helper.make_node("Gather", ["normed", "first"], ["chosen"], axis=axis),
+        onnx.helper.make_node("MatMul", ["chosen", "weight"], ["y"], "head"),
+    ]
+    ports = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (
+        ("x", ["b", 4, WIDTH]), ("y", ["b", 8]), ("chosen", None), ("normed", ["b", 4, WIDTH])
+    )]  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        ports[:1],
+        ports[1:3] if elsewhere else ports[1:2],
+        [onnx.numpy_helper.from_array(v, n) for n, v in constants.items()],
+        value_info=ports[3:],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_a_head_that_reads_a_class_token_is_smoothed(one_thread: None) -> None:
+    model = class_token_head(axis=1)
+    samples = [{"x": np.random.default_rng(i).standard_normal((1, 4, WIDTH), np.float32)} for i in range(8)]
+    (s,) = factors(model, samples, 0.5).values()
+    assert set(np.argsort(s)[-3:]) == set(OUTLIERS)
+    spec = {"name": "g", "inputs": [{"name": "x", "dtype": "float32", "shape": ["b", 4, WIDTH]}], "outputs": [
+        {"name": "y", "dtype": "float32", "shape": ["b", 8]}
+    ]}  # fmt: skip
+    wanted, got = (answers(simulated(graph, spec), samples) for graph in (model, smooth(model, samples, 0.5)))
+    assert sqnr_db(wanted, got) > 100
+
+
+@pytest.mark.parametrize("other", [{"axis": 2}, {"axis": 1, "elsewhere": True}], ids=["a channel", "an output"])
+def test_what_is_chosen_otherwise_is_not_smoothed(other: dict[str, Any]) -> None:
+    samples = [{"x": np.ones((1, 4, WIDTH), np.float32)}]
+    assert factors(class_token_head(**other), samples, 0.5) == {}
+
+
+def test_a_table_that_is_kept_is_kept_for_all_that_read_it() -> None:
+    """Rows looked up, and the product of all of them: NNCF rounds the one tensor where either may be rounded."""
+    table = np.random.default_rng(0).standard_normal((512, WIDTH)).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["rows"], "lookup"),
+        onnx.helper.make_node("Transpose", ["rows"], ["turned"], perm=[1, 0]),
+        onnx.helper.make_node("MatMul", ["table", "turned"], ["logits"], "vocabulary"),
+    ]
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["t"])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [512, "t"])
+    graph = onnx.helper.make_graph(nodes, "g", [ids], [logits], [onnx.numpy_helper.from_array(table, "table")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    assert nncf.sharing(model, ["vocabulary"]) == {"vocabulary", "lookup"}
+    made = nncf.quantize(model, [], nncf.Options(weight_only=True, keep_float=("vocabulary",)))
+    (kept,) = (onnx.numpy_helper.to_array(i) for i in made.graph.initializer if i.name == "table")
+    np.testing.assert_array_equal(kept, table)
+
+
 def test_a_layer_is_known_by_its_weights_or_by_what_torch_wrote_down() -> None:
     node = onnx.helper.make_node("Conv", ["x", "stem.conv.weight"], ["y"])
     assert layer_of(node) == "stem.conv"

@@ -17,7 +17,7 @@ from edgemm.errors import InputError
 from edgemm.graph.bypass import bypass, quantized_products
 from edgemm.quantizers import nncf, onnxruntime
 from edgemm.recipe import Quantize, QuantizeSearch, Recipe
-from edgemm.report.schema import Trial, Tuned
+from edgemm.report.int8_schema import Trial, Tuned
 from edgemm.runtime import openvino
 from edgemm.runtime.session import Directory
 from edgemm.simulation import answers, simulated, sqnr_db
