@@ -171,6 +171,28 @@ class TrainScenes(Strict):
     model: dict[str, Any] = {}
 
 
+class TrainPainter(Strict):
+    """Training of the painter of scenes; see edgemm/reasoner/painter_train.py.
+
+    scenes, validation_scenes  how many are drawn to learn from, and of the test split to judge by
+    picture_*, caption_*  of the autoencoder, and of what writes its codes
+    """
+
+    threads: int = Field(1, ge=1)
+    scenes: int = Field(16_000, ge=16)
+    validation_scenes: int = Field(200, ge=8)
+    recogniser_scenes: int = Field(6_000, ge=16, description="that the judge learns from, which is trained apart")
+    picture_batch: int = Field(12, ge=2)
+    caption_batch: int = Field(32, ge=2)
+    picture_epochs: int = Field(7, ge=1)
+    caption_epochs: int = Field(7, ge=1)
+    picture_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
+    caption_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    bf16: bool = Field(True, description="of the autoencoder")
+    model: dict[str, Any] = {}
+
+
 class Recover(Strict):
     """A short distillation from the FP32 model after the passes of `prune`; see edgemm/recovery.py.
 
@@ -233,6 +255,7 @@ class Recipe(Strict):
     verify: Verify = Verify()
     train: Train | None = None
     train_scenes: TrainScenes | None = None
+    train_painter: TrainPainter | None = None
     smoke: dict[str, Any] = Field({}, description="what `train --smoke` overrides, by dotted path")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -25,6 +26,9 @@ def command(
     data: Annotated[
         Optional[Path],
         typer.Option(metavar="FILE", help="JSON Lines of inputs: image, audio, text, boxes, id; - is standard input."),
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option("-o", "--output", metavar="FILE", help="PNG of the picture, of models that paint.")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print a generated text as it is made.")] = False,
     require_signature: Annotated[
@@ -51,13 +55,23 @@ def command(
         raise InputError("--stream is for one text", fix="leave out --data, directories, --boxes and --json")
     if data is not None and query != Query():
         raise InputError("--data says what goes in", fix="leave out --image, --text, --audio and --boxes")
+    if out is not None and (many or stream):
+        raise InputError("--output is for one picture", fix="leave out --data, directories and --stream")
     session = load_bundle(bundle, require_signature=require_signature)
+    if out is not None and not session.output.get("picture"):
+        raise InputError(f"{bundle} makes no picture", fix="leave --output out")
     if many:
         _lines(session, query, data)
     elif stream:
         console.result_pieces(session.stream(image=image, text=text, audio=audio))
     else:
         answer = session.answer(query)
+        if out is not None:
+            from edgemm.artifact import write_atomic
+            from edgemm.runtime.pictures import png
+
+            write_atomic(out, png(answer.outputs[session.output["picture"]["tensor"]]))
+            answer = replace(answer, answer=str(out))
         if json:
             console.result_json(answer.as_json(session.output["kind"]))
         else:

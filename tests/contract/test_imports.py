@@ -26,7 +26,8 @@ from edgemm.plugins import PACKAGE, names, plugin
 
 CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host", "yaml_files")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
-TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs")  # families of what edgemm/reasoner/ has
+# families of what edgemm/reasoner/ has
+TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs", "scenes_painter")
 FRAMEWORKS = (
     "torch",
     "transformers",

@@ -1,0 +1,36 @@
+"""Pictures that a model made: from the ids of its decoder to a PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+URI = "data:image/png;base64,"
+
+
+def codes_of(ids: Sequence[int], picture: Mapping[str, Any]) -> NDArray[np.int64]:
+    """The ids that are codes -> int64[1,count], the last one again for those that a decoder left out.
+
+    picture   program.json's, see program.Picture
+    """
+    codes = np.array([*ids[picture["first"] : picture["first"] + picture["count"]]] or [0], np.int64)
+    return np.pad(codes, (0, picture["count"] - len(codes)), mode="edge")[None]
+
+
+def png(picture: NDArray[np.float32]) -> bytes:
+    """float32[3,H,W], RGB, -1..1, as a PNG; what is outside counts as the nearest inside."""
+    pixels = ((picture.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def uri(picture: NDArray[np.float32]) -> str:
+    """The PNG as text: a data URI, which browsers show and JSON carries."""
+    return URI + base64.b64encode(png(picture)).decode()
