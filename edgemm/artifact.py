@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgemm.console import log
 from edgemm.errors import EdgemmError, InputError
+from edgemm.host import release_memory
 
 Kind = Literal[
     "imported",
@@ -124,6 +125,7 @@ def build(
         write_atomic(temporary / "manifest.json", canonical(manifest.model_dump(by_alias=True)).encode())
     if (seconds := time.monotonic() - begin) >= 1:
         log(f"{final.name} took {seconds:.0f} s")
+        release_memory()
     return Artifact(final, manifest)
 
 

@@ -21,6 +21,7 @@ LIMIT = 65504 / 2  # float16's largest, with room for inputs that calibration di
 TINY = float(np.finfo(np.float16).smallest_normal)
 MASK = 1e8  # a constant from this magnitude stands for infinity
 MASKED = 3e4  # softmax gives it zero, two of them still fit float16
+CENTERED = "/centered"  # ends the names of what is off by a middle, see qdq.place
 HALF_SCALES = 19  # opset from which Q and DQ take float16
 
 
@@ -78,7 +79,8 @@ def to_half(model: onnx.ModelProto, largest: Mapping[str, float]) -> tuple[onnx.
     largest   magnitude of each tensor on calibration samples
     """
     caster = Caster(model)
-    kept = tuple(n.name for n in model.graph.node if not fits(n, caster.view, largest))
+    wide = cancelling(model, caster.view)
+    kept = tuple(n.name for n in model.graph.node if n.name in wide or not fits(n, caster.view, largest))
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "Constant" and node.output[0] in caster.floats:
@@ -95,10 +97,23 @@ def to_half(model: onnx.ModelProto, largest: Mapping[str, float]) -> tuple[onnx.
     return lowered, kept
 
 
+def cancelling(model: onnx.ModelProto, view: View) -> set[str]:
+    """Names of centered products (see qdq.place), their DQs, and the sums that put the middle back.
+
+    Both are larger than their sum where a few activations are far off, and FP16 would keep their first bits alone.
+    """
+    names = set()
+    for node in model.graph.node:
+        if node.output[0].endswith(CENTERED) and node.op_type in ("MatMul", "Gemm"):
+            takers = view.takers[node.output[0]]
+            names |= {n.name for n in (node, *takers, *(view.made[i] for i in node.input[:2]))}
+    return names
+
+
 def fits(node: onnx.NodeProto, view: View, largest: Mapping[str, float]) -> bool:
     """Whether all that goes in and out of a node has float16's range."""
     for name in (*node.input, *node.output):
-        if largest.get(name.removesuffix("/dequantized").removesuffix("/centered"), 0.0) > LIMIT:
+        if largest.get(name.removesuffix("/dequantized").removesuffix(CENTERED), 0.0) > LIMIT:
             return False
         value = view.value(name)
         if value is not None and value.dtype == np.float32 and not _fits(value, node):

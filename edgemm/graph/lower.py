@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from edgemm.graph import half, qdq
+from edgemm.graph.calibrated import strip
 from edgemm.graph.masks import spell_out_masks
 from edgemm.graph.ranges import largest
 
@@ -29,7 +30,7 @@ def lower(
     plain = spell_out_masks(half.prepare(model, opset_max, where))
     lowered = {"fp16": _halved(plain, largest(plain, samples))}
     if quantized is not None:
-        calibrated = qdq.strip(quantized, model)
+        calibrated = strip(quantized, model)
         prepared = spell_out_masks(half.prepare(calibrated.model, opset_max, where))
         found = largest(prepared, samples)
         placed, _ = qdq.place(prepared, calibrated.ranges, found, calibrated.weights)

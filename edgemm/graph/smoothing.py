@@ -52,9 +52,9 @@ def smooth(
 
     What reads a LayerNorm without being a product with constant weights gets its values multiplied back.
     """
+    found = factors(model, samples, alpha, layers)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    found = factors(model, samples, alpha, layers)
     view = View(copy)
     for group in _groups(copy, view):
         if (s := found.get(group.products[0][0].name)) is not None:

@@ -28,7 +28,6 @@ from edgemm.reasoner.levels import FirstGraph, LastGraph, MiddleGraph
 from edgemm.reasoner.scenes_model import Given, ScenesReasoner
 
 MAX_BATCH = 64
-MIN_SAMPLES = 1_600  # 0.1 s
 SIZES = {"batch": MAX_BATCH}
 
 
@@ -69,7 +68,7 @@ def encoders(model: ScenesReasoner, *names: str) -> list[Component]:
             (wave,),
             (made["audio"],),
             SIZES | recording | frames,
-            min_sizes={"samples": MIN_SAMPLES},
+            min_sizes={"samples": config.min_samples},
         ),
     }
     return [found[name] for name in names]

@@ -15,7 +15,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 from edgemm.models import AttentionBlock, Component
 from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import bart_attention
-from edgemm.models._scenes_graphs import GRAPHS, MIN_SAMPLES, output
+from edgemm.models._scenes_graphs import GRAPHS, output
 from edgemm.models._shrunk import left, shrink
 from edgemm.reasoner.config import ScenesConfig
 from edgemm.reasoner.corpus import MEAN, STD
@@ -89,7 +89,7 @@ def program(model: ScenesReasoner, directory: Path) -> dict[str, Any]:
         "tensor": "input_values",
         "sampling_rate": 16_000,
         "seconds": config.audio_seconds,
-        "min_samples": MIN_SAMPLES,
+        "min_samples": config.min_samples,
     }
     takes = {"answer": {"image", "audio"}, "find_audio": {"audio"}}.get(config.task, {"image"})
     media = {name: spec for name, spec in (("image", image), ("audio", audio)) if name in takes}

@@ -6,8 +6,10 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -61,25 +63,24 @@ def needs_samples(options: Options) -> bool:
     return not options.weight_only
 
 
-def batched(model: onnx.ModelProto, samples: Samples) -> list[Tensors]:
-    """Samples of one shape joined, at most BATCH at a time, where the graph takes batches.
+def batches(model: onnx.ModelProto, samples: Samples) -> list[list[Tensors]]:
+    """Samples of one shape, at most BATCH at a time where the graph takes batches, else one at a time.
 
     NNCF spends milliseconds on each tensor of each inference, so that one by one 300 samples take minutes.
     """
     inputs = {i.name: i.type.tensor_type.shape.dim for i in model.graph.input}
-    if not all(dims and dims[0].dim_param for dims in inputs.values()):
-        return list(samples)
+    batched = all(dims and dims[0].dim_param for dims in inputs.values())
+    if not batched or any(len(v) != 1 for sample in samples for v in sample.values()):
+        return [[sample] for sample in samples]
     alike: dict[Any, list[Tensors]] = defaultdict(list)
     for sample in samples:
-        if any(len(v) != 1 for v in sample.values()):
-            return list(samples)
         alike[tuple((name, v.shape) for name, v in sample.items())].append(sample)
-    joined: list[Tensors] = []
-    for rows in alike.values():
-        for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
-            joined.append({name: np.concatenate([row[name] for row in part]) for name in part[0]})
-    return joined
+    return [rows[start : start + BATCH] for rows in alike.values() for start in range(0, len(rows), BATCH)]
+
+
+def joined(rows: Sequence[Tensors]) -> Tensors:
+    """Samples of one shape as one."""
+    return rows[0] if len(rows) == 1 else {n: np.concatenate([row[n] for row in rows]) for n in rows[0]}
 
 
 def sharing(model: onnx.ModelProto, names: Sequence[str]) -> set[str]:
@@ -125,8 +126,20 @@ def quantize(model: onnx.ModelProto, samples: Samples, options: Options) -> onnx
     return by_layer(model, options, lambda o: _static(model, samples, o, scope))
 
 
+def without_weights(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """The graph, its weights in a file in `folder`.
+
+    NNCF copies and serializes the graph once for each bias that it corrects, with all weights that are inside.
+    """
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model)
+    onnx.save_model(graph, folder / "model.onnx", save_as_external_data=True, location="weights")
+    return onnx.load(folder / "model.onnx", load_external_data=False)
+
+
 def _static(model: onnx.ModelProto, samples: Samples, options: Options, ignored: Any) -> onnx.ModelProto:
     import nncf
+    from nncf.onnx.quantization.backend_parameters import BackendParameters
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Estimators
 
@@ -135,16 +148,18 @@ def _static(model: onnx.ModelProto, samples: Samples, options: Options, ignored:
         disable_bias_correction=not options.bias_correction,
     )
     estimators = {"percentile": Estimators.MEAN_QUANTILE, "mse": Estimators.HISTOGRAM}
-    batches = batched(model, samples)
-    advanced.batchwise_statistics = len(batches) < len(samples)  # an input of a batch counts as one input
+    parts = batches(model, samples)
+    advanced.batchwise_statistics = len(parts) < len(samples)  # an input of a batch counts as one input
     if options.ranges in estimators:
         advanced.activations_range_estimator_params = estimators[options.ranges]
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars; our stdout carries the result alone
+    # its progress bars; our stdout carries the result alone
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        advanced.backend_params = {BackendParameters.EXTERNAL_DATA_DIR: folder}
         return nncf.quantize(
-            model,
-            nncf.Dataset(batches),
+            without_weights(model, Path(folder)),
+            nncf.Dataset(parts, joined),
             preset=nncf.QuantizationPreset(options.preset),
-            subset_size=len(batches),
+            subset_size=len(parts),
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=ignored,
             advanced_parameters=advanced,

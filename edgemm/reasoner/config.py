@@ -12,7 +12,7 @@ MODALITIES = ("image", "audio")  # what text looks at, in the order of every ten
 class ScenesConfig:
     """Sizes in pixels, tokens, samples of a 16 kHz waveform and channels; layers are counted by level.
 
-    image_layer   basic or bottleneck, as transformers' ResNetConfig has it;  image_stride  pixels a grid cell
+    image_layer   basic or bottleneck, as transformers' ResNetConfig has it; every stage but the first halves the grid
     audio_*       Wav2Vec2Config's conv_dim, conv_kernel, conv_stride and layers
     levels        layers of each level of reasoning: objects, relations, implications
     slots         learned queries that gather the objects of a scene
@@ -36,11 +36,10 @@ class ScenesConfig:
     max_tokens: int = 64
     text_layers: int = 2
     image_size: int = 64
-    image_stride: int = 4
     image_embedding: int = 64
     image_layer: Literal["basic", "bottleneck"] = "basic"
-    image_channels: tuple[int, ...] = (96,)
-    image_depths: tuple[int, ...] = (3,)
+    image_channels: tuple[int, ...] = (64, 128)
+    image_depths: tuple[int, ...] = (2, 2)
     audio_seconds: int = 4
     audio_channels: tuple[int, ...] = (32, 64, 96, 96)
     audio_kernels: tuple[int, ...] = (10, 8, 8, 8)
@@ -67,15 +66,28 @@ class ScenesConfig:
         return cls(**kept)
 
     @property
+    def side(self) -> int:
+        """Rows, and columns, of the image's grid: its first stage has a cell for four pixels."""
+        return self.image_size // (4 * 2 ** (len(self.image_channels) - 1))
+
+    @property
     def patches(self) -> int:
         """Cells of the image's grid."""
-        return (self.image_size // self.image_stride) ** 2
+        return self.side**2
 
     def frames(self, samples: int) -> int:
         """Audio tokens of a waveform."""
         for kernel, stride in zip(self.audio_kernels, self.audio_strides, strict=True):
             samples = (samples - kernel) // stride + 1
         return samples
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest waveform, 0.1 s or what gives `top_k` frames: silence makes shorter ones as long."""
+        samples = max(1, self.top_k)
+        for kernel, stride in zip(self.audio_kernels[::-1], self.audio_strides[::-1], strict=True):
+            samples = (samples - 1) * stride + kernel
+        return max(1_600, samples)
 
     @property
     def max_samples(self) -> int:

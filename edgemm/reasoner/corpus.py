@@ -50,6 +50,11 @@ class Corpus:
     @classmethod
     def build(cls, samples: list[Sample], validation_images: int, seed: int) -> Corpus:
         told_of = [(s, s.text, s.label) for s in samples if s.text and s.label and isinstance(s.image, Path)]
+        if not told_of:
+            raise InputError(
+                f"none of {len(samples)} samples has an image in a file, a question and an answer",
+                fix="train on data that has: easy_vqa; on drawn scenes by --recipe reasoner-scenes",
+            )
         answers = tuple(sorted({label for _, _, label in told_of}))
         texts = sorted({text for _, text, _ in told_of})
         tokenizer = build_tokenizer(texts, answers)

@@ -27,7 +27,7 @@ class HeteroGraph(nn.Module):
 
     def __init__(self, config: ScenesConfig) -> None:
         super().__init__()
-        self.side = config.image_size // config.image_stride
+        self.side = config.side
         self.threshold = config.graph_threshold
         d = config.width
 

@@ -21,7 +21,10 @@ from edgemm.errors import InputError
 from edgemm.reasoner.corpus import MEAN, STD, UNKNOWN, build_tokenizer
 
 WRONG = 2  # wrong captions of a scene
-INSIDE, OUTSIDE = 4.0, 13.0  # pixels from a thing's centre: a cell nearer is the thing's, one further is nothing's
+INSIDE, OUTSIDE = (
+    4.0,
+    13.0,
+)  # pixels from a thing's centre to a cell's: up to here it is the thing's; from there nothing's
 NEEDS = ("scenes", "draw", "tones", "caption", "is_true", "hard_negatives", "questions")
 
 
@@ -50,7 +53,7 @@ class ScenesCorpus:
     scenes      of the world;  training, validation  indices into them
     images      uint8[N,3,S,S];  sounds  int16[N,W], 16 kHz, silence after each
     lengths     samples of each sound
-    concepts    words that name what a thing is: colours, shapes, sizes
+    kinds       of questions;  concepts  words that name what a thing is: colours, shapes, sizes
     """
 
     world: Any
@@ -59,6 +62,7 @@ class ScenesCorpus:
     sounds: Tensor
     lengths: list[int]
     answers: tuple[str, ...]
+    kinds: tuple[str, ...]
     concepts: tuple[str, ...]
     tokenizer: Tokenizer
     training: list[int]
@@ -72,11 +76,12 @@ class ScenesCorpus:
             raise InputError(f"{world.__name__} has no {lacking[0]}()", fix="train on data that draws scenes: scenes")
         drawn = list(islice(world.scenes("train", seed), train + validation))
         texts = {world.caption(s) for s in drawn}
-        answers: set[str] = set()
+        answers, kinds = set(), set()
         for i, scene in enumerate(drawn):
             asked = world.questions(scene, random.Random(f"{seed} words {i}"))
             texts |= {q.text for q in asked}
             answers |= {q.answer for q in asked}
+            kinds |= {q.kind for q in asked}
         things = [thing for scene in drawn for thing in scene.things]
         sounds = [(world.tones(s) * 32767).astype(np.int16) for s in drawn]
         padded = np.zeros((len(sounds), max(map(len, sounds))), np.int16)
@@ -90,6 +95,7 @@ class ScenesCorpus:
             sounds=torch.from_numpy(padded),
             lengths=[len(s) for s in sounds],
             answers=tuple(sorted(answers)),
+            kinds=tuple(sorted(kinds)),
             concepts=tuple(sorted({word for t in things for word in (t.colour, t.shape, t.size)})),
             tokenizer=writing(build_tokenizer(sorted(texts), tuple(sorted(answers)))),
             training=list(range(train)),
@@ -102,9 +108,13 @@ class ScenesCorpus:
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
         return (self.images[index].float() / 255 - mean) / std
 
-    def waves(self, index: list[int]) -> Tensor:
-        """Waveforms float32[N,W], full scale 1, as long as the longest."""
-        return self.sounds[index, : max(self.lengths[i] for i in index)].float() / 32768
+    def samples(self, index: list[int], least: int = 0) -> int:
+        """Length of the longest sound, at least `least`."""
+        return max(least, *(self.lengths[i] for i in index))
+
+    def waves(self, index: list[int], least: int = 0) -> Tensor:
+        """Waveforms float32[N,W], full scale 1, as long as the longest, at least `least` samples."""
+        return self.sounds[index, : self.samples(index, least)].float() / 32768
 
     def encode(self, texts: list[str]) -> Texts:
         rows = [e.ids for e in self.tokenizer.encode_batch(texts)]
@@ -169,7 +179,7 @@ class ScenesCorpus:
             for thing in self.scenes[i].things:
                 away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
                 named = [float(c in (thing.colour, thing.shape, thing.size)) for c in self.concepts]
-                row[away < INSIDE] = torch.tensor(named)
+                row[away <= max(INSIDE, size / 2)] = torch.tensor(named)
         return made
 
     @cached_property

@@ -6,8 +6,8 @@ Alignment (stage 1): a caption is found by its picture and by its sound, and the
 captions that are just not true (InfoNCE); level 1 says whether a caption belongs to a picture (matching); and each
 cell of the grid is like the words of what stands there, and like no others (the recogniser). The last is what makes
 the rest fast: a word finds what it names from the first step of cross-attention on.
-Reasoning (stage 2): the answers of all three levels, InfoNCE and matching kept beside them, a triplet loss on the
-captions that are just not true, and captions written word by word.
+Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE and matching, a
+triplet loss on the captions that are just not true, and captions written word by word.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ class Losses(nn.Module):
         loss = self.contrast(index, read, keys)[0] + self.matching(read, keys, rng)
         known, vectors = self.words(read, rng)
         seen = self.scale * (keys["image"] @ vectors.T) / vectors.shape[-1] ** 0.5 + self.bias
-        side = model.config.image_size // model.config.image_stride
-        loss = loss + balanced(seen.float(), self.corpus.grid(index, side)[..., known])
+        loss = loss + balanced(seen.float(), self.corpus.grid(index, model.config.side)[..., known])
         return loss + balanced(self.hears(keys["audio"], vectors).float(), self.corpus.holds(index)[:, known])
 
     def reasoning(self, index: list[int], keys: Keys, key: str, rng: random.Random) -> Tensor:
@@ -89,6 +88,8 @@ class Losses(nn.Module):
             [w * F.cross_entropy(x.float(), answers) for w, x in zip(weights, logits, strict=True)]
         ).sum()
         if recipe.contrastive_weight or recipe.triplet_weight or recipe.caption_weight:
+            index = index[: len(index) // 2 + 1]  # of all of them it would take longer than the answers do
+            keys = {m: tokens[: len(index)] for m, tokens in keys.items()}
             read = self.captions(index)
             nce, far = self.contrast(index, read, keys)
             loss = loss + recipe.contrastive_weight * (nce + self.matching(read, keys, rng))

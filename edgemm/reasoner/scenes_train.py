@@ -13,6 +13,7 @@ import io
 import math
 import random
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemm.artifact import write_atomic
 from edgemm.console import log, progress
+from edgemm.errors import InputError
 from edgemm.reasoner.config import MODALITIES, ScenesConfig
 from edgemm.reasoner.scenes_corpus import ScenesCorpus
 from edgemm.reasoner.scenes_losses import Losses
@@ -30,7 +33,6 @@ from edgemm.reasoner.scenes_model import ScenesReasoner
 from edgemm.reasoner.scenes_validation import Figures, calibrate, validate
 from edgemm.recipe import TrainScenes
 
-COLUMNS = ("stage", "epoch", "seconds", "loss", *Figures.__dataclass_fields__)
 WARM_UP = 100  # steps
 CACHED = 256  # scenes encoded at a time
 
@@ -39,13 +41,18 @@ def train_scenes(world: ModuleType, recipe: TrainScenes, seed: int, out: Path) -
     """Train on scenes that `world` draws; `out` gets checkpoint.pt after each epoch and log.csv; a second call resumes.
 
     The corpus that comes back has the tokenizer, and the scenes that were held back.
-    Raises InputError for data that draws no scenes.
+    Raises InputError for data that draws no scenes, an unknown size, and a checkpoint of another training.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(seed)
     corpus = ScenesCorpus.build(world, recipe.scenes, recipe.validation_scenes, seed)
     sizes = {"answers": corpus.answers, "vocab_size": corpus.tokenizer.get_vocab_size()}
+    if (
+        unknown := recipe.model.keys() - {field.name for field in fields(ScenesConfig)}
+        | recipe.model.keys() & sizes.keys()
+    ):
+        raise InputError(f"train_scenes.model has no {min(unknown)!r}", fix="use the names of reasoner/config.py")
     model = ScenesReasoner(ScenesConfig.from_dict({**recipe.model, **sizes}))
     run = _Run(model, corpus, recipe, seed, out)
     run.stage("alignment", recipe.alignment_epochs)
@@ -68,8 +75,15 @@ class _Run:
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1}
         self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
         if self.checkpoint is None:
-            with (out / "log.csv").open("w", newline="") as f:
-                csv.writer(f).writerow(COLUMNS)
+            (out / "log.csv").unlink(missing_ok=True)
+        elif self.checkpoint.get("of") != self.of():
+            raise InputError(
+                f"{out / 'checkpoint.pt'} is of another training", fix="name another directory with -o, or delete it"
+            )
+
+    def of(self) -> str:
+        """What a checkpoint must be of to go on from it: all that a step hangs on."""
+        return f"{self.recipe.model_dump_json(exclude={'threads'})} {self.seed}"
 
     def stage(self, name: str, epochs: int) -> None:
         if self.checkpoint and self.checkpoint["stage"] == "reasoning" and name == "alignment":
@@ -116,16 +130,18 @@ class _Run:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """The epoch on the screen, in checkpoint.pt and in log.csv."""
-        values = {n: getattr(figures, n) for n in Figures.__dataclass_fields__}
+        values = figures.row()
         said = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in values.items())
         log(f"{name} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, {said}, {seconds:.0f} s")
         state = io.BytesIO()
         kept = {"losses": self.losses.state_dict(), "optimizer": optimizer.state_dict(), "best": self.best}
-        torch.save({"stage": name, "epoch": epoch, **kept}, state)
+        torch.save({"of": self.of(), "stage": name, "epoch": epoch, **kept}, state)
         write_atomic(self.out / "checkpoint.pt", state.getvalue())
         with (self.out / "log.csv").open("a", newline="") as f:
-            row = [f"{seconds:.0f}", f"{loss:.5f}", *(f"{v:.5f}" for v in values.values())]
-            csv.writer(f).writerow([name, epoch + 1, *row])
+            rows = csv.writer(f)
+            if not f.tell():
+                rows.writerow(["stage", "epoch", "seconds", "loss", *values])
+            rows.writerow([name, epoch + 1, f"{seconds:.0f}", f"{loss:.5f}", *(f"{v:.5f}" for v in values.values())])
 
     def finish(self) -> None:
         """The weights of the best epoch, each exit's confidence made true on scenes that were not learned from."""
@@ -150,14 +166,15 @@ class _Run:
             if name == "image":
                 made = self.model.image_encoder(self.corpus.pixels(index))
             else:
-                made = self.model.audio_encoder(self.corpus.waves(index))
+                made = self.model.audio_encoder(self.corpus.waves(index, self.model.config.min_samples))
         return made.bfloat16() if self.recipe.bf16 else made
 
     def keys(self, index: list[int]) -> dict[str, Tensor]:
         """Tokens by modality, of the encoder or as they were cached; of sounds only as long as the longest."""
         made = {m: self.tokens(m, index) for m in MODALITIES if m not in self.cached}
         made |= {m: tokens[index] for m, tokens in self.cached.items()}
-        frames = self.model.config.frames(max(self.corpus.lengths[i] for i in index))
+        config = self.model.config
+        frames = config.frames(self.corpus.samples(index, config.min_samples))
         return {**made, "audio": made["audio"][:, :frames]}
 
     def epoch(self, stage: str, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> float:
@@ -174,7 +191,8 @@ class _Run:
             rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * rate
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            # The fused kernel's backward pass takes six times as long in bfloat16 on CPUs (torch 2.13).
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16), sdpa_kernel(SDPBackend.MATH):
                 keys = self.keys(part)
                 if stage == "alignment":
                     loss = self.losses.alignment(part, keys, rng)

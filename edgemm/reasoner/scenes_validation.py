@@ -5,7 +5,7 @@ Axes: N scenes, B questions, A answers, E embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 
 import torch
@@ -25,6 +25,7 @@ class Figures:
     """Shares of 1 on the validation scenes, seen and not heard.
 
     accuracy        of the last level's answers;  exit_1, exit_2  of the earlier ones'
+    kinds           of the last level's answers, by kind of question
     recall_at_1     captions that find their picture among all
     hard_negatives  pictures that are more like their caption than like each that is just not true
     matching        the same, by level 1's match and not by similarity
@@ -38,13 +39,20 @@ class Figures:
     hard_negatives: float
     matching: float
     captions: float
+    kinds: dict[str, float]
+
+    def row(self) -> dict[str, float]:
+        """All of them by name, those of kinds last."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kinds"}
+        return named | self.kinds
 
 
 @torch.inference_mode()
 def validate(model: ScenesReasoner, corpus: ScenesCorpus) -> Figures:
     """The figures of a model in eval mode."""
-    logits, answers = answer(model, corpus)
-    right = [float((x.argmax(1) == answers).float().mean()) for x in logits]
+    logits, answers, asked = answer(model, corpus)
+    right = [(x.argmax(1) == answers).float() for x in logits]
+    of_kind = {kind: torch.tensor([k == kind for k in asked]) for kind in corpus.kinds}
     texts, pictures, matched, true = [], [], [], 0
     for part in parts(corpus):
         own, wrong = corpus.captions(part), corpus.wrong_captions(part)
@@ -61,13 +69,14 @@ def validate(model: ScenesReasoner, corpus: ScenesCorpus) -> Figures:
     found = (text[:, 0] @ picture.T).argmax(1) == torch.arange(len(text))
     alike = (text @ picture[:, :, None])[..., 0]
     return Figures(
-        accuracy=right[-1],
-        exit_1=right[0],
-        exit_2=right[1],
+        accuracy=float(right[-1].mean()),
+        exit_1=float(right[0].mean()),
+        exit_2=float(right[1].mean()),
         recall_at_1=float(found.float().mean()),
         hard_negatives=first_is_most(alike),
         matching=first_is_most(match),
         captions=true / len(corpus.validation),
+        kinds={kind: float(right[-1][chosen].mean()) for kind, chosen in of_kind.items()},
     )
 
 
@@ -78,26 +87,27 @@ def first_is_most(scores: Tensor) -> float:
 
 def answer(
     model: ScenesReasoner, corpus: ScenesCorpus, given: tuple[str, ...] = ("text", "image")
-) -> tuple[list[Tensor], Tensor]:
-    """Logits [B,A] of each level on the validation scenes' questions, and the right answers int64 [B].
+) -> tuple[list[Tensor], Tensor, list[str]]:
+    """Logits [B,A] of each level on the validation questions, the right answers int64 [B], the kinds of the questions.
 
     given   the modalities that the model gets; without text it is asked nothing, and says how many things there are
     """
-    logits, answers = [], []
+    logits, answers, kinds = [], [], list[str]()
     for part in parts(corpus):
         keys, words, mask = {}, None, None
         if "image" in given:
             keys["image"] = model.image_encoder(corpus.pixels(part))
         if "audio" in given:
-            keys["audio"] = model.audio_encoder(corpus.waves(part))
+            keys["audio"] = model.audio_encoder(corpus.waves(part, model.config.min_samples))
         right = corpus.counts(part)
         if "text" in given:
-            texts, right, _ = corpus.questions(part, EACH, "validation")
+            texts, right, asked_kinds = corpus.questions(part, EACH, "validation")
             asked = corpus.encode(texts)
             words, mask = model.text_encoder(asked.ids, asked.mask), asked.mask
+            kinds += asked_kinds
         logits.append(model.reason(words, mask, keys).logits)
         answers.append(right)
-    return [torch.cat(level) for level in zip(*logits, strict=True)], torch.cat(answers)
+    return [torch.cat(level) for level in zip(*logits, strict=True)], torch.cat(answers), kinds
 
 
 @torch.inference_mode()
@@ -106,7 +116,7 @@ def by_subset(model: ScenesReasoner, corpus: ScenesCorpus) -> dict[str, float]:
     names = ("text", "image", "audio")
     found = {}
     for given in (subset for n in (3, 2, 1) for subset in combinations(names, n)):
-        logits, answers = answer(model, corpus, given)
+        logits, answers, _ = answer(model, corpus, given)
         found["+".join(given)] = float((logits[-1].argmax(1) == answers).float().mean())
     return found
 
@@ -117,7 +127,7 @@ def calibrate(model: ScenesReasoner, corpus: ScenesCorpus, lost: float) -> None:
 
     lost   share of answers that exits may make wrong that the last level has right: half of it each
     """
-    all_logits, answers = answer(model, corpus)
+    all_logits, answers, _ = answer(model, corpus)
     made = []
     for index, logits in enumerate(all_logits):
         temperature = best_temperature(logits, answers)

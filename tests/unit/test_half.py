@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.errors import InputError
-from edgemm.graph import half, opset
+from edgemm.graph import half, opset, qdq
 from edgemm.graph.lower import kept_in_float32, lower
 from edgemm.graph.ranges import largest
 
@@ -83,6 +83,21 @@ def test_what_overflows_on_calibration_data_stays_float32() -> None:
     assert "the_Mul" not in kept
     assert types["square"] == F32
     np.testing.assert_allclose(run(made), run(graph), atol=5e-3)
+
+
+def test_a_product_and_the_middle_that_is_put_back_are_summed_in_float32() -> None:
+    """An activation far off makes the middle large: in float16, what it gives would drown all other answers."""
+    x = np.abs(X) / 1000
+    x[:, 0] = 500
+    weight = np.full((32, 16), 0.25, np.float32)
+    nodes = [n("MatMul", "x w", "p"), n("Add", "p b", "y")]
+    floats = half.prepare(model(nodes, w=weight, b=np.full(16, -125, np.float32)), 20, "g")
+    placed, _ = qdq.place(floats, {"x": (0.0, 500.0)}, largest(floats, [{"x": x}]), {"w"})
+    made, kept = half.to_half(placed, largest(floats, [{"x": x}]))
+    onnx.checker.check_model(made, full_check=True)
+    assert kept and "the_Add" not in kept
+    np.testing.assert_allclose(run(made, x), run(placed, x), atol=0.1)
+    assert np.abs(run(placed, x) - run(floats, x)).max() < 0.5
 
 
 def test_an_epsilon_that_float16_flushes_to_zero_keeps_its_node() -> None:

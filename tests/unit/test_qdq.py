@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.graph import name_nodes, qdq
+from edgemm.graph.calibrated import strip
 from edgemm.graph.ranges import largest
 
 RNG = np.random.default_rng(0)
@@ -161,7 +162,7 @@ def test_a_quantizers_range_is_read_from_its_scale_and_zero_point(
     stored = np.rint(W / scales).astype(np.int8)
     weights = {"w8": stored, "ws": scales, "wz": np.zeros(32 if zero else (), np.int8)}
     quantized = model(nodes, s=np.float32(scale), z=np.asarray(zero), **weights)
-    calibrated = qdq.strip(quantized, model([n("MatMul", ["x", "v"], ["y"])], v=np.ones_like(W)))
+    calibrated = strip(quantized, model([n("MatMul", ["x", "v"], ["y"])], v=np.ones_like(W)))
     assert len(calibrated.weights) == 1
     assert calibrated.ranges == {"x": pytest.approx(covered, rel=1e-6)}
     assert [x.op_type for x in calibrated.model.graph.node] == ["MatMul"]
@@ -199,14 +200,14 @@ def test_a_table_that_is_a_products_weight_too_is_stored_once_and_in_float_with_
     nodes = [n("Gather", ["table", "ids"], ["e"]), n("Gemm", ["e", "table"], ["y"], transB=1)]
     weight = np.random.default_rng(0).standard_normal((2048, 32)).astype(np.float32)
     graph = model(nodes, ("n", "v"), table=weight, ids=np.arange(3, dtype=np.int64))
-    placed, names = qdq.place(graph, {}, {}, {"table"})
+    placed, names = qdq.place(graph, {"e": (-3.0, 3.0)}, {}, {"table"})
     onnx.checker.check_model(placed, full_check=True)
     assert len(names) == 1
-    (dequantize,) = [node for node in placed.graph.node if node.op_type == "DequantizeLinear"]
+    dequantize = next(node for node in placed.graph.node if node.output[0] == "table/dequantized")
     assert {node.op_type for node in placed.graph.node if dequantize.output[0] in node.input} == {"Gather", "Gemm"}
     assert [i.dims for i in placed.graph.initializer if len(i.dims) == 2] == [[2048, 32]]
-    kept, none = qdq.place(graph, {}, {}, frozenset())
-    assert not none and not any(node.op_type == "DequantizeLinear" for node in kept.graph.node)
+    for float_ones in (qdq.place(graph, {"e": (-3.0, 3.0)}, {}, frozenset()), qdq.place(graph, {}, {}, {"table"})):
+        assert not float_ones[1] and not any(node.op_type == "DequantizeLinear" for node in float_ones[0].graph.node)
 
 
 def test_what_the_quantizer_kept_in_float_stays_so() -> None:
@@ -263,9 +264,10 @@ def test_a_range_off_zero_is_rounded_around_its_middle(kind: str) -> None:
     stored = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
     (quantize,) = [m for m in placed.graph.node if m.op_type == "QuantizeLinear"]
     middle = stored["x/centered/middle" if kind == "MatMul" else "f/centered/middle"]
-    assert middle == pytest.approx(1.8, abs=4 / 255)
-    assert stored[quantize.input[1]] == pytest.approx(4 / 254, rel=0.01)
-    assert middle / stored[quantize.input[1]] == pytest.approx(114, abs=0.1), "zero is a level"
+    assert middle == pytest.approx(1.8, abs=4 / 100)
+    assert stored[quantize.input[1]] == pytest.approx(4 / 254, rel=0.02)
+    assert middle % stored[quantize.input[1]] == 0, "zero is a level"
+    assert middle == np.float16(middle), "in FP16, too"
     step, steps = stored[quantize.input[1]], qdq.half_scales(np.abs(W).max(0))
     alpha = 0.5 if kind == "Gemm" else 1.0
     expected = alpha * ((rounded(x - middle, step) + middle) @ rounded(W, steps)) + B
@@ -281,9 +283,11 @@ def test_weights_that_were_only_rounded_are_taken_from_the_graph_before() -> Non
 
     def weights(name: str, value: NDArray[Any]) -> NDArray[Any]:
         before = model([n("MatMul", ["x", "v"], ["y"], name=name)], v=value)
-        (weight,) = qdq.strip(quantized, before).model.graph.initializer
+        (weight,) = strip(quantized, before).model.graph.initializer
         return numpy_helper.to_array(weight)
 
     np.testing.assert_array_equal(weights("product", W), W)
-    for other in (weights("another", W), weights("product", 2 * W), weights("product", W[:, :16])):
+    smoothed = weights("product", W / np.geomspace(0.1, 10, len(W), dtype=np.float32)[:, None])
+    assert 0 < np.square(smoothed - W).mean() < np.square(stored * scales - W).mean() / 10
+    for other in (weights("another", W), weights("product", W[::-1].copy()), weights("product", W[:, :16])):
         np.testing.assert_allclose(other, stored * scales, rtol=1e-6)

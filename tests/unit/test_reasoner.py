@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgemm.data import Sample, easy_vqa
+from edgemm.data import Sample, easy_vqa, scenes
+from edgemm.errors import InputError
 from edgemm.models import reasoner
 from edgemm.reasoner import train as training
 from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
@@ -326,6 +327,12 @@ def test_pixels_are_what_the_runtime_makes_of_the_file(samples: list[Sample], mo
     assert np.allclose(corpus.pixels([0]).numpy(), at_runtime, atol=1e-6)
 
 
+def test_data_without_image_files_is_refused(tmp_path: Path) -> None:
+    drawn = [Sample("1", "1", b"a PNG", "is there a red circle?", "yes", "existence")]
+    with pytest.raises(InputError, match="none of 1 samples has an image in a file"):
+        train(drawn, recipe(bf16=False), 0, tmp_path / "out")
+
+
 def run(samples: list[Sample], out: Path, *, bf16: bool = False, seed: int = 1) -> dict[str, Tensor]:
     trained, _ = train(samples, recipe(bf16), seed, out)
     assert not trained.training
@@ -422,6 +429,11 @@ def test_loss_falls(samples: list[Sample], tmp_path: Path) -> None:
         assert len(losses) == 40
         assert all(math.isfinite(loss) for loss in losses)
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_samples_without_picture_files_are_refused() -> None:
+    with pytest.raises(InputError, match="reasoner-scenes"):
+        Corpus.build(scenes.samples("test")[:9], validation_images=1, seed=0)
 
 
 def test_an_answer_that_no_question_names_is_no_concept() -> None:

@@ -117,7 +117,6 @@ FULL: dict[str, Any] = {
     "max_tokens": 512,
     "text_layers": 12,
     "image_size": 224,
-    "image_stride": 32,
     "image_layer": "bottleneck",
     "image_channels": (256, 512, 1024, 2048),
     "image_depths": (3, 4, 6, 3),
@@ -329,6 +328,14 @@ def test_each_modality_matters(model: ScenesReasoner) -> None:
     answer = model(**given)
     for name in ("pixel_values", "input_ids", "input_values"):
         assert (model(**{**given, name: other[name]}) - answer).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 16])
+def test_the_shortest_sound_has_a_frame_for_each_key_that_is_looked_at(top_k: int) -> None:
+    config = ScenesConfig(answers=("a",), vocab_size=9, top_k=top_k)
+    assert config.min_samples >= 1_600
+    assert config.frames(config.min_samples) >= max(1, top_k)
+    assert config.min_samples == 1_600 or config.frames(config.min_samples - 1) < top_k
 
 
 def test_config_survives_json(model: ScenesReasoner) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +92,11 @@ def test_the_grid_says_what_stands_where(corpus: ScenesCorpus) -> None:
         edge = grid[thing.y // 4, min(15, thing.x // 4 + 2)]
         assert (edge == UNKNOWN).all()
     assert ((grid == 0).all(-1)).sum() > 60
+    for scene, coarse in zip(corpus.scenes, corpus.grid(list(range(80)), 8), strict=True):
+        said = {
+            tuple(sorted(c for c, there in zip(corpus.concepts, cell, strict=True) if there == 1)) for cell in coarse
+        }
+        assert said - {()} == {tuple(sorted((t.colour, t.shape, t.size))) for t in scene.things}
     named = {w for t in corpus.scenes[5].things for w in (t.colour, t.shape, t.size)}
     holds = corpus.holds([5])[0]
     assert {c for c, there in zip(corpus.concepts, holds, strict=True) if there} == named
@@ -113,6 +121,11 @@ def test_first_is_most_counts_a_tie_as_a_miss() -> None:
 def test_data_that_draws_no_scenes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="easy_vqa"):
         train_scenes(easy_vqa, recipe(), 0, tmp_path)
+
+
+def test_sizes_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'wdith'"):
+        train_scenes(scenes, recipe(model={"wdith": 32}), 0, tmp_path)
 
 
 def run(out: Path, *, seed: int = 1, **changes: object) -> dict[str, Tensor]:
@@ -145,11 +158,49 @@ def test_training_interrupted_and_resumed_ends_at_the_same_bits(tmp_path: Path, 
         torch.manual_seed(99)  # a resumed run must not hang on the state of the process
         assert same(run(tmp_path / stop, bf16=bf16), whole), stop
         assert rows(tmp_path / stop) == rows(tmp_path / "whole"), stop
+    assert rows(tmp_path / "whole")[0][-5:] == ["colour", "count", "existence", "implication", "relation"]
     assert [row[:2] for row in rows(tmp_path / "whole")[1:]] == [
         ["alignment", "1"],
         ["reasoning", "1"],
         ["reasoning", "2"],
     ]
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, reasoning_epochs=1)
+    for changes in ({"seed": 2}, {"reasoning_epochs": 2}):
+        with pytest.raises(InputError, match="another training"):
+            run(tmp_path, **{"reasoning_epochs": 1, **changes})
+    torch.save({"stage": "perception", "epoch": 0}, tmp_path / "checkpoint.pt")  # of the other reasoner
+    with pytest.raises(InputError, match="another training"):
+        run(tmp_path, reasoning_epochs=1)
+
+
+KILLED = """
+import os, pathlib, sys, torch
+from edgemm.data import scenes
+from edgemm.reasoner import scenes_train as training
+from edgemm.recipe import TrainScenes
+save = training.torch.save
+def kill(state, to):
+    if state["stage"] == "reasoning":
+        os.kill(os.getpid(), 9)
+    save(state, to)
+training.torch.save = kill
+training.train_scenes(scenes, TrainScenes.model_validate_json(sys.argv[1]), 1, pathlib.Path(sys.argv[2]))
+"""
+
+
+def test_after_kill_9_it_goes_on_from_the_last_whole_epoch(tmp_path: Path) -> None:
+    """The child has made an epoch of each stage and written the first alone."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, recipe(reasoning_epochs=1).model_dump_json(), str(tmp_path / "killed")],
+        check=False,
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert [row[0] for row in rows(tmp_path / "killed")[1:]] == ["alignment"]
+    assert same(run(tmp_path / "killed", reasoning_epochs=1), run(tmp_path / "whole", reasoning_epochs=1))
 
 
 def test_frozen_encoders_stay_as_they_were_and_others_learn(tmp_path: Path) -> None:
@@ -172,7 +223,7 @@ def test_frozen_encoders_stay_as_they_were_and_others_learn(tmp_path: Path) -> N
 
 
 def test_it_stops_when_it_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = training.Figures(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+    figures = training.Figures(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, {})
     monkeypatch.setattr(training, "validate", lambda model, corpus: figures)
     run(tmp_path, reasoning_epochs=9, patience=2)
     assert len(rows(tmp_path)) == 1 + 1 + 3
