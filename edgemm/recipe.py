@@ -176,6 +176,7 @@ class TrainPainter(Strict):
 
     scenes, validation_scenes  how many are drawn to learn from, and of the test split to judge by
     picture_*, caption_*  of the autoencoder, and of what writes its codes
+    place_epochs    of what writes them, on where things stand alone
     """
 
     threads: int = Field(1, ge=1)
@@ -183,13 +184,14 @@ class TrainPainter(Strict):
     validation_scenes: int = Field(200, ge=8)
     recogniser_scenes: int = Field(6_000, ge=16, description="that the judge learns from, which is trained apart")
     picture_batch: int = Field(12, ge=2)
-    caption_batch: int = Field(32, ge=2)
+    caption_batch: int = Field(16, ge=2)
     picture_epochs: int = Field(7, ge=1)
-    caption_epochs: int = Field(7, ge=1)
+    place_epochs: int = Field(6, ge=1)
+    caption_epochs: int = Field(4, ge=1)
     picture_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
     caption_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
-    bf16: bool = Field(True, description="of the autoencoder")
+    bf16: bool = True
     model: dict[str, Any] = {}
 
 

@@ -43,7 +43,7 @@ class PainterConfig:
     width: int = 128
     heads: int = 4
     ffn_ratio: int = 2
-    text_layers: int = 2
+    text_layers: int = 3
     layers: int = 3
     max_tokens: int = 80
     image_size: int = 64
@@ -232,6 +232,7 @@ class Painter(nn.Module):
         self.embed = CodeWords(config)
         self.layers = nn.ModuleList(CaptionLayer(shape) for _ in range(config.layers))
         self.head = CodeHead(config)
+        self.mentioned = nn.Linear(config.width, config.things)  # which thing a word is of: training asks for it
 
     def cross(self, words: Tensor, mask: Tensor) -> tuple[list[Pair], Tensor]:
         """words [N,K,D], mask int64 [N,K] -> keys and values [N,H,K,d] of each layer, what is added to their scores."""
@@ -244,8 +245,11 @@ class Painter(nn.Module):
 
     def forward(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """tokens int64 [N,T], BEGIN first; the caption's ids and mask int64 [N,K] -> logits [N,T,V] of what follows."""
+        return self.follow(tokens, self.text_encoder(input_ids, attention_mask), attention_mask)
+
+    def follow(self, tokens: Tensor, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same of encoded words [N,K,D]."""
         length = tokens.shape[1]
-        words = self.text_encoder(input_ids, attention_mask)
         states = self.embed(tokens, torch.arange(length, device=tokens.device).expand_as(tokens))
         mask = torch.full((length, length), -torch.inf).triu(1)
         pairs, bias = self.cross(words, attention_mask)
@@ -255,12 +259,12 @@ class Painter(nn.Module):
         return logits
 
     @torch.inference_mode()
-    def write(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Captions int64 [N,K] -> the likeliest token at each step, int64 [N,places+cells]."""
+    def write(self, input_ids: Tensor, attention_mask: Tensor, length: int | None = None) -> Tensor:
+        """Captions int64 [N,K] -> the likeliest token at each step, int64 [N,length]; None: places+cells."""
         pairs, bias = self.cross(self.text_encoder(input_ids, attention_mask), attention_mask)
         past: list[Pair | None] = [None] * len(pairs)
         token, written = torch.full((len(input_ids), 1), self.config.begin), []
-        for place in range(self.config.length):
+        for place in range(length or self.config.length):
             states = self.embed(token, torch.full_like(token, place))
             for i, layer in enumerate(self.layers):
                 states, key, value = layer(states, None, past[i], pairs[i], bias)

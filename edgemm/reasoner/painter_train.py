@@ -1,7 +1,10 @@
 """Training of the painter on drawn scenes: first pictures as codes, then codes from captions.
 
-Stage 1, pictures, trains the autoencoder; stage 2, captions, the decoder of codes on the codes of stage 1, which are
-made once. At the end a recogniser that was trained apart judges as well.
+Stage 1, pictures, trains the autoencoder. The decoder of codes learns of each caption the plainest scene of which the
+same can be said, on codes of stage 1, which are made once: in stage 2, places, only where things stand, which is a
+twentieth of the tokens and the part that takes understanding; in stage 3, captions, the codes as well. Both ask the
+words, too, of which thing each is: "left of" means nothing without. At the end a recogniser that was trained apart
+judges as well.
 
 Every epoch seeds itself from (seed, stage, epoch), so a run that was killed continues bit for bit.
 
@@ -16,11 +19,9 @@ import json
 import math
 import random
 import time
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,78 +29,20 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemm.artifact import write_atomic
 from edgemm.console import log, progress
-from edgemm.errors import InputError
-from edgemm.reasoner.corpus import build_tokenizer
+from edgemm.reasoner.album import Album
 from edgemm.reasoner.painter import Painter, PainterConfig
-from edgemm.reasoner.recogniser import Recogniser, train_recogniser
+from edgemm.reasoner.recogniser import Recogniser, as_pixels, train_recogniser
 from edgemm.reasoner.scenes_train import WARM_UP, batches
 from edgemm.recipe import TrainPainter
 
 COLUMNS = ("stage", "epoch", "seconds", "loss", "right")
-STAGES = ("pictures", "captions")
-NEEDS = ("scenes", "draw", "caption", "is_true", "seen")
+STAGES = ("pictures", "places", "captions")
 AT_ONCE = 100  # pictures judged at a time
 RECOGNISER_EPOCHS = 3
-
-
-@dataclass(slots=True)
-class Album:
-    """Scenes as a painter sees them.
-
-    scenes    of the world, those to learn from before those to judge by (`held` of them, whose like is never learned)
-    images    uint8[N,S,S,3];  captions  of each;  ids int64[N,K]  their tokens, padded with 0
-    places    int64[N,2*things]  x and y of each thing in the order of the caption, pixels; -1: no such thing
-    """
-
-    world: Any
-    scenes: list[Any]
-    images: NDArray[np.uint8]
-    captions: list[str]
-    ids: Tensor
-    places: Tensor
-    tokenizer: Tokenizer
-    held: int
-
-    @classmethod
-    def build(cls, world: ModuleType, train: int, held: int, seed: int) -> Album:
-        """Draw `train` scenes to learn from and `held` of the test split. InputError for data that draws none."""
-        if lacking := [name for name in NEEDS if not hasattr(world, name)]:
-            raise InputError(f"{world.__name__} has no {lacking[0]}()", fix="train on data that draws scenes: scenes")
-        drawn = [s for split, n in (("train", train), ("test", held)) for s in islice(world.scenes(split, seed), n)]
-        captions = [world.caption(s) for s in drawn]
-        tokenizer = build_tokenizer(sorted(set(captions[:train])), ())
-        rows = [e.ids for e in tokenizer.encode_batch(captions)]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        for row, values in zip(ids, rows, strict=True):
-            row[: len(values)] = torch.tensor(values)
-        places = torch.full((len(drawn), 2 * max(len(s.things) for s in drawn)), -1)
-        for row, scene, said in zip(places, drawn, captions, strict=True):
-            told = sorted((said.index(f"a {t.size} {t.name}"), t.x, t.y) for t in scene.things)
-            spots = [xy for _, x, y in told for xy in (x, y)]
-            row[: len(spots)] = torch.tensor(spots)
-        images = np.stack([world.draw(s) for s in drawn])
-        return cls(world, drawn, images, captions, ids, places, tokenizer, held)
-
-    @property
-    def training(self) -> list[int]:
-        return list(range(len(self.scenes) - self.held))
-
-    @property
-    def validation(self) -> list[int]:
-        return list(range(len(self.scenes) - self.held, len(self.scenes)))
-
-    def pixels(self, index: list[int]) -> Tensor:
-        """float32[N,3,S,S], -1..1."""
-        return torch.from_numpy(self.images[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def said(self, index: list[int]) -> tuple[Tensor, Tensor]:
-        """The captions' ids and mask int64[N,K], as long as the longest."""
-        ids = self.ids[index]
-        ids = ids[:, : int((ids != 0).sum(1).max())]
-        return ids, (ids != 0).long()
 
 
 def train_painter(world: ModuleType, recipe: TrainPainter, seed: int, out: Path) -> tuple[Painter, Tokenizer]:
@@ -116,6 +59,7 @@ def train_painter(world: ModuleType, recipe: TrainPainter, seed: int, out: Path)
     model = Painter(PainterConfig.from_dict({**sizes, "image_size": album.images.shape[1], **recipe.model}))
     run = _Run(model, album, recipe, seed, out)
     run.stage("pictures", recipe.picture_epochs)
+    run.stage("places", recipe.place_epochs)
     run.stage("captions", recipe.caption_epochs)
     recogniser = train_recogniser(world, album.scenes[: recipe.recogniser_scenes], RECOGNISER_EPOCHS, seed)
     judged = judge(model.eval(), album, recogniser)
@@ -125,7 +69,7 @@ def train_painter(world: ModuleType, recipe: TrainPainter, seed: int, out: Path)
 
 
 class _Run:
-    """Both stages over one model, with a checkpoint after every epoch."""
+    """All stages over one model, with a checkpoint after every epoch."""
 
     def __init__(self, model: Painter, album: Album, recipe: TrainPainter, seed: int, out: Path) -> None:
         self.model, self.album, self.recipe, self.seed, self.out = model, album, recipe, seed, out
@@ -141,8 +85,8 @@ class _Run:
         kept = self.checkpoint
         if kept and STAGES.index(kept["stage"]) > STAGES.index(name):
             return
-        painting = name == "captions"
-        if painting:
+        painting = name != "pictures"
+        if painting and not self.tokens.numel():
             self.model.pictures.requires_grad_(requires_grad=False)
             self.tokens = tokens_of(self.model.eval(), self.album, self.album.training)
         learned = self.model if painting else self.model.pictures
@@ -160,8 +104,7 @@ class _Run:
         for epoch in range(first, epochs):
             begin = time.monotonic()
             loss = self.epoch(name, epoch, epochs, optimizer)
-            pictures = painted if painting else recoded
-            right = share_true(self.album, pictures(self.model.eval(), self.album, self.album.validation))
+            right = JUDGES[name](self.model.eval(), self.album)
             seconds = time.monotonic() - begin
             log(f"{name} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, right {right:.4f}, {seconds:.0f} s")
             state = io.BytesIO()
@@ -186,7 +129,7 @@ class _Run:
             rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = self.rate(stage) * rate
-            loss = self.redrawn(part) if stage == "pictures" else self.told(part)
+            loss = self.redrawn(part) if stage == "pictures" else self.told(part, codes=stage == "captions")
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -200,7 +143,7 @@ class _Run:
 
     def redrawn(self, part: list[int]) -> Tensor:
         """How far pictures are from themselves by way of codes; things count as much as the ground around them."""
-        pixels = self.album.pixels(part)
+        pixels = as_pixels(self.album.images[part])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
             made = self.model.pictures(pixels)
         ground = pixels.flatten(2).median(2).values[..., None, None]
@@ -208,12 +151,21 @@ class _Run:
         away = made.float() - pixels
         return ((away.abs() + away.square()) * weight).mean()
 
-    def told(self, part: list[int]) -> Tensor:
-        """How unlikely the tokens of pictures are after their captions."""
-        tokens = self.tokens[part]
+    def told(self, part: list[int], *, codes: bool) -> Tensor:
+        """How unlikely are the places, the `codes` and what things words are of, after the captions, in equal parts."""
+        places = self.model.config.places
+        tokens = self.tokens[part] if codes else self.tokens[part, :places]
         begin = torch.full((len(part), 1), self.model.config.begin)
-        logits = self.model(torch.cat([begin, tokens[:, :-1]], 1), *self.album.said(part))
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        # The fused kernel's backward pass takes six times as long in bfloat16 on CPUs (torch 2.13).
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16), sdpa_kernel(SDPBackend.MATH):
+            ids, mask = self.album.said(part)
+            words = self.model.text_encoder(ids, mask)
+            logits = self.model.follow(torch.cat([begin, tokens[:, :-1]], 1), words, mask)
+            mentioned = self.model.mentioned(words)
+        unlikely = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+        mentions = self.album.mentions[part, : ids.shape[1]]
+        binding = F.cross_entropy(mentioned.float().flatten(0, 1), mentions.flatten(), ignore_index=-1)
+        return binding + unlikely[:, :places].mean() + (unlikely[:, places:].mean() if codes else 0)
 
 
 @torch.inference_mode()
@@ -222,14 +174,16 @@ def tokens_of(model: Painter, album: Album, index: list[int]) -> Tensor:
     config = model.config
     places = album.places[index] + config.codes
     places[album.places[index] < 0] = config.nowhere
-    codes = [model.pictures.rounded(album.pixels(part))[1] for part in batches(index, AT_ONCE)]
+    codes = [model.pictures.rounded(as_pixels(album.plain[part]))[1] for part in batches(index, AT_ONCE)]
     return torch.cat([places, torch.cat(codes)], 1)
 
 
 def recoded(model: Painter, album: Album, index: list[int]) -> NDArray[np.uint8]:
     """Pictures by way of their own codes, uint8[N,S,S,3]."""
     with torch.inference_mode():
-        pixels = torch.cat([model.pictures(album.pixels(part)) for part in batches(index, AT_ONCE)]).clamp(-1, 1)
+        pixels = torch.cat([model.pictures(as_pixels(album.images[part])) for part in batches(index, AT_ONCE)]).clamp(
+            -1, 1
+        )
     made: NDArray[np.uint8] = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return made
 
@@ -240,6 +194,13 @@ def painted(model: Painter, album: Album, index: list[int]) -> NDArray[np.uint8]
         [model.paint(*album.said(part)).numpy() for part in batches(index, AT_ONCE)]
     )
     return made
+
+
+def share_placed(model: Painter, album: Album) -> float:
+    """Of the validation scenes the share of which all things are placed as in the plainest scene."""
+    wanted = tokens_of(model, album, album.validation)[:, : model.config.places]
+    written = [model.write(*album.said(part), model.config.places) for part in batches(album.validation, AT_ONCE)]
+    return float((torch.cat(written) == wanted).all(1).float().mean())
 
 
 def judge(model: Painter, album: Album, recogniser: Recogniser) -> dict[str, float]:
@@ -265,3 +226,10 @@ def share_true(album: Album, pictures: NDArray[np.uint8]) -> float:
     """Of pictures for the validation scenes the share of which the caption is true, by rule on the pixels."""
     judged = zip(album.validation, pictures, strict=True)
     return float(np.mean([album.world.is_true(album.captions[i], album.world.seen(picture)) for i, picture in judged]))
+
+
+JUDGES: dict[str, Callable[[Painter, Album], float]] = {
+    "pictures": lambda model, album: share_true(album, recoded(model, album, album.validation)),
+    "places": share_placed,
+    "captions": lambda model, album: share_true(album, painted(model, album, album.validation)),
+}

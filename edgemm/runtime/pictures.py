@@ -23,11 +23,15 @@ def codes_of(ids: Sequence[int], picture: Mapping[str, Any]) -> NDArray[np.int64
     return np.pad(codes, (0, picture["count"] - len(codes)), mode="edge")[None]
 
 
+def pixels(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32[3,H,W], RGB, -1..1 -> uint8[H,W,3]; what is outside counts as the nearest inside."""
+    return ((picture.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+
+
 def png(picture: NDArray[np.float32]) -> bytes:
-    """float32[3,H,W], RGB, -1..1, as a PNG; what is outside counts as the nearest inside."""
-    pixels = ((picture.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    """float32[3,H,W], RGB, -1..1, as a PNG."""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels(picture)).save(out, "PNG")
     return out.getvalue()
 
 

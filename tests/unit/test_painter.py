@@ -19,9 +19,11 @@ from edgemm.artifact import write_atomic
 from edgemm.data import easy_vqa, scenes
 from edgemm.errors import InputError
 from edgemm.models import _graph, find_family, open_fp32, read_model, scenes_painter, whole_program
+from edgemm.plugins import plugin
 from edgemm.reasoner import painter_train as training
+from edgemm.reasoner.album import Album, as_told, plainest
 from edgemm.reasoner.painter import Painter, PainterConfig, PictureCodes
-from edgemm.reasoner.painter_train import Album, train_painter
+from edgemm.reasoner.painter_train import train_painter
 from edgemm.reasoner.recogniser import Recogniser, as_pixels, train_recogniser
 from edgemm.recipe import TrainPainter
 from edgemm.runtime.pictures import URI, codes_of, png
@@ -61,7 +63,7 @@ def directory(album: Album, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_codes_are_the_nearest_levels_and_lead_back_to_them(album: Album, model: Painter) -> None:
-    pixels = album.pixels([0, 1, 2])
+    pixels = as_pixels(album.images[[0, 1, 2]])
     levels, codes = model.pictures.rounded(pixels)
     assert codes.shape == (3, model.config.cells) == (3, 2 * 64)
     assert 0 <= int(codes.min()) <= int(codes.max()) < model.config.codes == 6
@@ -78,7 +80,7 @@ def test_codes_are_the_nearest_levels_and_lead_back_to_them(album: Album, model:
 
 def test_rounding_lets_gradients_through(album: Album) -> None:
     pictures = PictureCodes(PainterConfig(9, **SMALL))
-    pictures(album.pixels([0, 1])).square().mean().backward()
+    pictures(as_pixels(album.images[[0, 1]])).square().mean().backward()
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in pictures.encoder.parameters())
 
 
@@ -114,9 +116,34 @@ def test_places_are_told_in_the_order_of_the_caption(album: Album, model: Painte
         places = row[: model.config.places].tolist()
         told = [(x, y) for x, y in zip(places[::2], places[1::2], strict=True) if x != model.config.nowhere]
         assert len(told) == len(scene.things)
-        by_place = {(t.x, t.y): t for t in scene.things}
+        by_place = {(t.x, t.y): t for t in plainest(scene, 64).things}
         names = [by_place[x - model.config.codes, y - model.config.codes].name for x, y in told]
         assert [said.index(n) for n in names] == sorted(said.index(n) for n in names)
+
+
+def test_the_plainest_scene_is_one_of_which_the_same_can_be_said(album: Album, model: Painter) -> None:
+    for scene, plain, said in zip(album.scenes, album.plain, album.captions, strict=True):
+        moved = plainest(scene, 64)
+        assert moved.meaning == scene.meaning
+        for places in ({t.x for t in moved.things}, {t.y for t in moved.things}):
+            assert places == [{32}, {11, 53}, {11, 32, 53}][len(places) - 1]
+        assert np.array_equal(plain, scenes.draw(moved))
+        assert scenes.is_true(said, scenes.seen(plain))
+    lone = [plainest(s, 64).things for s in album.scenes if len(s.things) == 1]
+    assert {t.cell for (t,) in lone} == {(1, 1)}
+    codes = training.tokens_of(model, album, [0, 1])[:, model.config.places :]
+    assert torch.equal(codes, model.pictures.rounded(as_pixels(album.plain[[0, 1]]))[1])
+
+
+def test_words_are_of_the_things_that_they_name(album: Album) -> None:
+    for i, said in enumerate(album.captions):
+        tokens = album.tokenizer.encode(said).tokens
+        for k, thing in enumerate(as_told(album.scenes[i], said)):
+            words = [t for t, m in zip(tokens, album.mentions[i].tolist(), strict=False) if m == k]
+            assert words == thing.name.split() * said.count(thing.name)
+    unsaid = album.mentions.masked_select(album.ids == 0)
+    assert unsaid.numel() > 0
+    assert bool((unsaid == -1).all())
 
 
 def test_held_out_captions_are_of_the_test_split(album: Album) -> None:
@@ -150,7 +177,9 @@ def test_every_component_exports_and_paints_the_same(directory: Path, album: Alb
             with Image.open(io.BytesIO(base64.b64decode(answer.answer.removeprefix(URI)))) as image:
                 assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
             assert answer.outputs["picture"].shape == (3, 64, 64)
-    words = sessions[1].outputs([Query(text=album.captions[0])])["text"][0].split()
+    made = sessions[1].outputs([Query(text=album.captions[i]) for i in (0, 7)])
+    assert np.array_equal(made["picture"][1], expected)
+    words = made["text"][0].split()
     assert words == [str(c) for c in model.write(*album.said([0]))[0, model.config.places :].tolist()]
     with pytest.raises(InputError, match="writes no text"):
         list(sessions[1].stream(text=album.captions[0]))
@@ -174,6 +203,17 @@ def test_programs_whose_picture_is_wrong_are_refused(directory: Path, change: di
     )
     with pytest.raises(InputError, match=message):
         open_directory(directory.parent)
+
+
+def test_pictures_are_held_to_their_captions(album: Album) -> None:
+    captions = [album.captions[i] for i in album.validation]
+    pictures = album.images[album.validation].copy()
+    pictures[3] = pictures[4]
+    outputs = {"text": np.array(["1 2"] * len(captions)), "picture": pictures}
+    judged = plugin("metrics", "true_pictures").values(outputs, outputs, captions)
+    assert judged.tolist() == [float(i != 3) for i in range(len(captions))]
+    with pytest.raises(InputError, match="'a dog' names nothing that a scene has"):
+        plugin("metrics", "true_pictures").values(outputs, outputs, [*captions[:-1], "a dog"])
 
 
 def test_codes_that_a_decoder_left_out_are_the_last_again() -> None:
@@ -210,7 +250,14 @@ def test_the_recogniser_says_what_it_was_taught() -> None:
 
 
 def recipe(**changes: Any) -> TrainPainter:
-    sizes = {"scenes": 24, "validation_scenes": 8, "recogniser_scenes": 16, "picture_epochs": 1, "caption_epochs": 2}
+    sizes = {
+        "scenes": 24,
+        "validation_scenes": 8,
+        "recogniser_scenes": 16,
+        "picture_epochs": 1,
+        "place_epochs": 1,
+        "caption_epochs": 2,
+    }
     return TrainPainter.model_validate({**sizes, "bf16": False, "model": SMALL, **changes})
 
 
@@ -219,11 +266,11 @@ def test_training_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytes
     told = training._Run.told
     calls = []
 
-    def dies(run: Any, part: list[int]) -> Any:
-        calls.append(part)
-        if len(calls) == 2:  # in the second epoch of captions
+    def dies(run: Any, part: list[int], *, codes: bool) -> Any:
+        calls.append(codes)
+        if calls.count(True) == 3:  # in the second epoch of captions
             raise KeyboardInterrupt
-        return told(run, part)
+        return told(run, part, codes=codes)
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "told", dies)
@@ -235,6 +282,7 @@ def test_training_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytes
     with (tmp_path / "b" / "log.csv").open() as f:
         assert [(r["stage"], r["epoch"]) for r in csv.DictReader(f)] == [
             ("pictures", "1"),
+            ("places", "1"),
             ("captions", "1"),
             ("captions", "2"),
         ]
