@@ -101,7 +101,7 @@ def judge(outputs: Outputs, reference: Reference, program: Mapping[str, Any], re
 
 
 def flips(outputs: Outputs, reference: Outputs) -> float | None:
-    """Share of samples whose label or text (of pictures, whose codes) changed; None where neither is the answer."""
+    """Share of samples whose label or text (of pictures, whose ids) changed; None where neither is the answer."""
     if "logits" in outputs:
         return float((outputs["logits"].argmax(1) != reference["logits"].argmax(1)).mean())
     return float((outputs["text"] != reference["text"]).mean()) if set(outputs) - {"picture"} == {"text"} else None

@@ -13,6 +13,6 @@ Outputs is a dict by output kind:
     labels      {"logits": float32[n,A], "labels": str[A]}
     embeddings  {"image": float32[n,D], "text": float32[n,D]} (or audio); row i of both is a pair that belongs together
     generation, transcript  {"text": str[n]}
-    picture     {"text": str[n], "picture": uint8[n,H,W,3]}, RGB; the text is the picture's codes as words
+    picture     {"text": str[n], "picture": uint8[n,H,W,3]}, RGB; the text is the ids of its plan as words
     features    {tensor name: float32[n, ...]}, shorter ones padded with zeros
 """

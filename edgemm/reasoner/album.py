@@ -32,7 +32,8 @@ class Album:
     images    uint8[N,S,S,3];  captions  of each;  ids int64[N,K]  their tokens, padded with 0
     plain     uint8[N,S,S,3]  images of the plainest scenes of which the captions are true, see `plainest`
     mentions  int64[N,K]  which thing, in the order of the caption, each of its tokens is of; -1: of none
-    places    int64[N,2*things]  x and y of each thing of those in the order of the caption, pixels; -1: no such thing
+    told      the things of the plainest scenes, in the order of the caption
+    kinds     words for sizes, colours and shapes
     """
 
     world: Any
@@ -42,7 +43,8 @@ class Album:
     captions: list[str]
     ids: Tensor
     mentions: Tensor
-    places: Tensor
+    told: list[list[Any]]
+    kinds: tuple[str, ...]
     tokenizer: Tokenizer
     held: int
 
@@ -66,11 +68,9 @@ class Album:
         images = np.stack([world.draw(s) for s in drawn])
         moved = [plainest(s, images.shape[1]) for s in drawn]
         plain = np.stack([world.draw(s) for s in moved])
-        places = torch.full((len(drawn), 2 * max(len(s.things) for s in drawn)), -1)
-        for row, scene, said in zip(places, moved, captions, strict=True):
-            spots = [xy for thing in as_told(scene, said) for xy in (thing.x, thing.y)]
-            row[: len(spots)] = torch.tensor(spots)
-        return cls(world, drawn, images, plain, captions, ids, mentions, places, tokenizer, held)
+        told = [as_told(scene, said) for scene, said in zip(moved, captions, strict=True)]
+        kinds = sorted({word for things in told for t in things for word in (t.size, t.colour, t.shape)})
+        return cls(world, drawn, images, plain, captions, ids, mentions, told, tuple(kinds), tokenizer, held)
 
     @property
     def training(self) -> list[int]:

@@ -1,10 +1,9 @@
-"""Training of the painter on drawn scenes: first pictures as codes, then codes from captions.
+"""Training of the painter on drawn scenes: pictures as codes, plans from captions, codes from plans.
 
-Stage 1, pictures, trains the autoencoder. The decoder of codes learns of each caption the plainest scene of which the
-same can be said, on codes of stage 1, which are made once: in stage 2, places, only where things stand, which is a
-twentieth of the tokens and the part that takes understanding; in stage 3, captions, the codes as well. Both ask the
-words, too, of which thing each is: "left of" means nothing without. At the end a recogniser that was trained apart
-judges as well.
+Stage 1, pictures, trains the autoencoder. The rest learns of each caption the plainest scene of which the same can be
+said: in stage 2, plans, what stands where, token by token, and of which thing each word of the caption is ("left of"
+means nothing without); in stage 3, codes, those that the autoencoder makes of its picture. At the end a recogniser that
+was trained apart judges as well.
 
 Every epoch seeds itself from (seed, stage, epoch), so a run that was killed continues bit for bit.
 
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemm.artifact import write_atomic
 from edgemm.console import log, progress
@@ -40,7 +39,11 @@ from edgemm.reasoner.scenes_train import WARM_UP, batches
 from edgemm.recipe import TrainPainter
 
 COLUMNS = ("stage", "epoch", "seconds", "loss", "right")
-STAGES = ("pictures", "places", "captions")
+STAGES = {  # parts of the model that learn
+    "pictures": ("pictures",),
+    "plans": ("text_encoder", "embed", "layers", "head", "mentioned"),
+    "codes": ("filling",),
+}
 AT_ONCE = 100  # pictures judged at a time
 RECOGNISER_EPOCHS = 3
 
@@ -55,12 +58,12 @@ def train_painter(world: ModuleType, recipe: TrainPainter, seed: int, out: Path)
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(seed)
     album = Album.build(world, recipe.scenes, recipe.validation_scenes, seed)
-    sizes = {"vocab_size": album.tokenizer.get_vocab_size(), "things": album.places.shape[1] // 2}
+    sizes = {"vocab_size": album.tokenizer.get_vocab_size(), "things": max(map(len, album.told)), "kinds": album.kinds}
     model = Painter(PainterConfig.from_dict({**sizes, "image_size": album.images.shape[1], **recipe.model}))
     run = _Run(model, album, recipe, seed, out)
     run.stage("pictures", recipe.picture_epochs)
-    run.stage("places", recipe.place_epochs)
-    run.stage("captions", recipe.caption_epochs)
+    run.stage("plans", recipe.plan_epochs)
+    run.stage("codes", recipe.code_epochs)
     recogniser = train_recogniser(world, album.scenes[: recipe.recogniser_scenes], RECOGNISER_EPOCHS, seed)
     judged = judge(model.eval(), album, recogniser)
     log("held-out captions: " + ", ".join(f"{name.replace('_', ' ')} {share:.4f}" for name, share in judged.items()))
@@ -73,7 +76,8 @@ class _Run:
 
     def __init__(self, model: Painter, album: Album, recipe: TrainPainter, seed: int, out: Path) -> None:
         self.model, self.album, self.recipe, self.seed, self.out = model, album, recipe, seed, out
-        self.tokens = torch.zeros(0)
+        self.plans = torch.tensor([model.config.plan(things) for things in album.told])
+        self.codes = torch.zeros(0)
         self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
         if self.checkpoint is None:
             with (out / "log.csv").open("w", newline="") as f:
@@ -83,16 +87,14 @@ class _Run:
 
     def stage(self, name: str, epochs: int) -> None:
         kept = self.checkpoint
-        if kept and STAGES.index(kept["stage"]) > STAGES.index(name):
+        stages = list(STAGES)
+        if kept and stages.index(kept["stage"]) > stages.index(name):
             return
-        painting = name != "pictures"
-        if painting and not self.tokens.numel():
-            self.model.pictures.requires_grad_(requires_grad=False)
-            self.tokens = tokens_of(self.model.eval(), self.album, self.album.training)
-        learned = self.model if painting else self.model.pictures
+        if name == "codes":
+            self.codes = codes_of(self.model.eval(), self.album)
         optimizer = torch.optim.AdamW(
-            [p for p in learned.parameters() if p.requires_grad],
-            lr=self.rate(name),
+            [p for part in STAGES[name] for p in self.model.get_submodule(part).parameters()],
+            lr=self.option(name, "rate"),
             betas=(0.9, 0.98),
             weight_decay=self.recipe.weight_decay,
         )
@@ -117,19 +119,20 @@ class _Run:
                 csv.writer(f).writerow([name, epoch + 1, f"{seconds:.0f}", f"{loss:.5f}", f"{right:.5f}"])
 
     def epoch(self, stage: str, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> float:
-        recipe, model = self.recipe, self.model
+        model = self.model
         rng = random.Random(f"{self.seed} {stage} {epoch}")
         torch.manual_seed(rng.getrandbits(63))
         model.train()
-        size = recipe.picture_batch if stage == "pictures" else recipe.caption_batch
-        parts = batches(rng.sample(self.album.training, len(self.album.training)), size)
+        loss_of = {"pictures": self.redrawn, "plans": self.told, "codes": self.filled}[stage]
+        parts = batches(rng.sample(self.album.training, len(self.album.training)), self.option(stage, "batch"))
         parts = [part for part in parts if len(part) > 1]
         steps, total = epochs * len(parts), 0.0
         for step, part in enumerate(progress(parts, f"{stage} {epoch + 1}/{epochs}"), epoch * len(parts)):
             rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = self.rate(stage) * rate
-            loss = self.redrawn(part) if stage == "pictures" else self.told(part, codes=stage == "captions")
+                group["lr"] = self.option(stage, "rate") * rate
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+                loss = loss_of(part)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -137,45 +140,40 @@ class _Run:
             total += loss.item()
         return total / len(parts)
 
-    def rate(self, stage: str) -> float:
-        """The largest learning rate."""
-        return self.recipe.picture_rate if stage == "pictures" else self.recipe.caption_rate
+    def option(self, stage: str, name: str) -> Any:
+        """Of the recipe: the largest learning rate, or the batch, of a stage."""
+        return getattr(self.recipe, f"{stage.removesuffix('s')}_{name}")
 
     def redrawn(self, part: list[int]) -> Tensor:
         """How far pictures are from themselves by way of codes; things count as much as the ground around them."""
         pixels = as_pixels(self.album.images[part])
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-            made = self.model.pictures(pixels)
+        made = self.model.pictures(pixels)
         ground = pixels.flatten(2).median(2).values[..., None, None]
         weight = 1 + 4 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.05)
         away = made.float() - pixels
         return ((away.abs() + away.square()) * weight).mean()
 
-    def told(self, part: list[int], *, codes: bool) -> Tensor:
-        """How unlikely are the places, the `codes` and what things words are of, after the captions, in equal parts."""
-        places = self.model.config.places
-        tokens = self.tokens[part] if codes else self.tokens[part, :places]
-        begin = torch.full((len(part), 1), self.model.config.begin)
-        # The fused kernel's backward pass takes six times as long in bfloat16 on CPUs (torch 2.13).
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16), sdpa_kernel(SDPBackend.MATH):
-            ids, mask = self.album.said(part)
-            words = self.model.text_encoder(ids, mask)
-            logits = self.model.follow(torch.cat([begin, tokens[:, :-1]], 1), words, mask)
-            mentioned = self.model.mentioned(words)
-        unlikely = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
-        mentions = self.album.mentions[part, : ids.shape[1]]
-        binding = F.cross_entropy(mentioned.float().flatten(0, 1), mentions.flatten(), ignore_index=-1)
-        return binding + unlikely[:, :places].mean() + (unlikely[:, places:].mean() if codes else 0)
+    def told(self, part: list[int]) -> Tensor:
+        """How unlikely the plans are after the captions, and of which thing each word is."""
+        plans = self.plans[part]
+        ids, mask = self.album.said(part)
+        words = self.model.text_encoder(ids, mask)
+        begun = F.pad(plans[:, :-1], (1, 0), value=self.model.config.begin)
+        unlikely = F.cross_entropy(self.model.follow(begun, words, mask).float().flatten(0, 1), plans.flatten())
+        mentions = self.album.mentions[part, : ids.shape[1]].flatten()
+        return unlikely + F.cross_entropy(self.model.mentioned(words).float().flatten(0, 1), mentions, ignore_index=-1)
+
+    def filled(self, part: list[int]) -> Tensor:
+        """How unlikely the codes are after the plans."""
+        logits = self.model.filling(self.plans[part]).float()
+        return F.cross_entropy(logits.flatten(0, 2), self.codes[part].flatten())
 
 
 @torch.inference_mode()
-def tokens_of(model: Painter, album: Album, index: list[int]) -> Tensor:
-    """What the decoder learns to write of these scenes, int64[N,places+cells]."""
-    config = model.config
-    places = album.places[index] + config.codes
-    places[album.places[index] < 0] = config.nowhere
-    codes = [model.pictures.rounded(as_pixels(album.plain[part]))[1] for part in batches(index, AT_ONCE)]
-    return torch.cat([places, torch.cat(codes)], 1)
+def codes_of(model: Painter, album: Album) -> Tensor:
+    """Of the plainest scenes to learn from, int64[N,P,C]."""
+    parts = batches(album.training, AT_ONCE)
+    return torch.cat([model.pictures.rounded(as_pixels(album.plain[part]))[1] for part in parts])
 
 
 def recoded(model: Painter, album: Album, index: list[int]) -> NDArray[np.uint8]:
@@ -196,10 +194,10 @@ def painted(model: Painter, album: Album, index: list[int]) -> NDArray[np.uint8]
     return made
 
 
-def share_placed(model: Painter, album: Album) -> float:
-    """Of the validation scenes the share of which all things are placed as in the plainest scene."""
-    wanted = tokens_of(model, album, album.validation)[:, : model.config.places]
-    written = [model.write(*album.said(part), model.config.places) for part in batches(album.validation, AT_ONCE)]
+def share_planned(model: Painter, album: Album) -> float:
+    """Of the validation scenes the share of which the plan is that of the plainest scene."""
+    wanted = torch.tensor([model.config.plan(album.told[i]) for i in album.validation])
+    written = [model.write(*album.said(part)) for part in batches(album.validation, AT_ONCE)]
     return float((torch.cat(written) == wanted).all(1).float().mean())
 
 
@@ -230,6 +228,6 @@ def share_true(album: Album, pictures: NDArray[np.uint8]) -> float:
 
 JUDGES: dict[str, Callable[[Painter, Album], float]] = {
     "pictures": lambda model, album: share_true(album, recoded(model, album, album.validation)),
-    "places": share_placed,
-    "captions": lambda model, album: share_true(album, painted(model, album, album.validation)),
+    "plans": share_planned,
+    "codes": lambda model, album: share_true(album, painted(model, album, album.validation)),
 }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +13,10 @@ from PIL import Image
 URI = "data:image/png;base64,"
 
 
-def codes_of(ids: Sequence[int], picture: Mapping[str, Any]) -> NDArray[np.int64]:
-    """The ids that are codes -> int64[1,count], the last one again for those that a decoder left out.
-
-    picture   program.json's, see program.Picture
-    """
-    codes = np.array([*ids[picture["first"] : picture["first"] + picture["count"]]] or [0], np.int64)
-    return np.pad(codes, (0, picture["count"] - len(codes)), mode="edge")[None]
+def whole(ids: Sequence[int], count: int) -> NDArray[np.int64]:
+    """The ids of a picture -> int64[1,count], the last one again for those that a decoder left out."""
+    made = np.array([*ids[:count]] or [0], np.int64)
+    return np.pad(made, (0, count - len(made)), mode="edge")[None]
 
 
 def pixels(picture: NDArray[np.float32]) -> NDArray[np.uint8]:

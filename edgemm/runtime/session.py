@@ -23,7 +23,7 @@ from edgemm.runtime.component import Compile, components
 from edgemm.runtime.exits import exits, leave
 from edgemm.runtime.generation import pieces, tokens
 from edgemm.runtime.media import Media
-from edgemm.runtime.pictures import codes_of, pixels, uri
+from edgemm.runtime.pictures import pixels, uri, whole
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Answer, Array, Call, Encoded, Outputs, Query, Tensors, answer_of, query_of
 
@@ -201,7 +201,7 @@ class Session:
     def picture(self, ids: Sequence[int]) -> Array:
         """What the model makes of the ids of its decoder, float32[3,H,W], -1..1; of models that make pictures."""
         spec = self.output["picture"]
-        made: Array = self.infer({spec["codes"]: codes_of(ids, spec)})[spec["tensor"]][0]
+        made: Array = self.infer({spec["ids"]: whole(ids, spec["count"])})[spec["tensor"]][0]
         return made
 
     def _evaluate(self, queries: Sequence[Query]) -> list[dict[str, Array]]:
@@ -254,11 +254,11 @@ class Session:
         return Answer(uri(picture), None, {self.output["picture"]["tensor"]: picture})
 
     def _made(self, query: Query, known: Tensors) -> dict[str, Any]:
-        """The text; of a picture its pixels, and its codes as words: metrics of words count those that differ."""
+        """The text; of a picture its pixels, and its ids as words: metrics of words count those that differ."""
         if not (spec := self.output.get("picture")):
             return {"text": self._text_of(query, known)}
         ids = self.generate(known, query.text)
-        return {"text": " ".join(map(str, codes_of(ids, spec)[0].tolist())), "picture": pixels(self.picture(ids))}
+        return {"text": " ".join(map(str, whole(ids, spec["count"])[0].tolist())), "picture": pixels(self.picture(ids))}
 
     def _text_of(self, query: Query, known: Tensors) -> str:
         if self.output["kind"] == "transcript":

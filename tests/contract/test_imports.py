@@ -52,6 +52,7 @@ SHARED = (
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
     "edgemm.models._key_tokens",
+    "edgemm.models._sources",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 
@@ -136,11 +137,11 @@ def may_import(module: str, imported: str) -> bool:
         if own == "stages" and other in ("recording", "recovery", "simulation"):
             return True
         return other in shared or imported in SHARED or imported == module
-    tops = ("pipeline", "inspection", "conformance", "device_report", "triton", "oci")
+    tops = ("pipeline", "inspection", "conformance", "device_report", "few_shot", "scorecard", "triton", "oci")
     if own in ("search", "tuning", "trials", "kernels", "ceiling"):
         return other not in tops
     if own in tops:
-        return other not in tops or (own, other) == ("conformance", "inspection")
+        return other not in tops or (own, other) in (("conformance", "inspection"), ("inspection", "scorecard"))
     return own in ("cli", "edgemm", "edgemm.__main__")
 
 
@@ -456,9 +457,10 @@ def test_data_has_two_splits_of_samples_that_exist_and_no_third(name: str) -> No
         assert all(type(s) is Sample for s in samples)
         assert len({s.id for s in samples}) == len(samples) > 0
         assert all(s.text.strip() and s.label and s.kind for s in samples)
-        images = {s.image for s in samples[:: max(1, len(samples) // 50)]}
-        assert all(image if isinstance(image, bytes) else image.is_file() for image in images)
-    assert not {s.image for s in train} & {s.image for s in test}, "what is tuned on is not judged on"
+        media = {s.image or s.audio for s in samples[:: max(1, len(samples) // 50)]}
+        assert all(medium if isinstance(medium, bytes) else medium and medium.is_file() for medium in media)
+    seen, judged = ({m for s in samples for m in (s.image, s.audio) if m} for samples in (train, test))
+    assert not seen & judged, "what is tuned on is not judged on"
     assert data.samples("test") == test, "in the same order each time"
     with pytest.raises(InputError, match="validation"):
         data.samples("validation")
