@@ -190,13 +190,13 @@ def score(model: str, data: str) -> list[Row]:
 
 def _evaluate(session: Session, data: str | None) -> dict[str, dict[str, float]]:
     from edgemm.data import split
-    from edgemm.parity import default_metric
+    from edgemm.parity import default_metric, kind_of
 
     _, samples = split(Recipe(name="evaluate", data=data), lambda: session.program)
     outputs = session.outputs([s.query for s in samples])
     targets = [s.label for s in samples]
     audio = bool(session.program["audio"])
-    name = default_metric(session.output["kind"], has_targets=None not in targets, audio=audio)
+    name = default_metric(kind_of(session.program), has_targets=None not in targets, audio=audio)
     metric = plugins.plugin("metrics", name)
     if name in ("agreement", "cosine", "text_agreement_wer"):  # with itself
         raise InputError(f"{data} has no right answers to judge by", fix="give data with a column label")

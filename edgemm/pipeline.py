@@ -118,18 +118,19 @@ def write_report(report: Report, out: Path) -> None:
 
 
 def train(recipe: Recipe, out: Path) -> Path:
-    """Train a reference model by `recipe.train` or `recipe.train_scenes`; `out`/model is then what `compress` takes.
+    """Train a reference model by the recipe's train section; `out`/model is then what `compress` takes.
 
     `out` also holds log.csv and checkpoint.pt: the same call resumes an interrupted run.
     """
-    from edgemm.models import reasoner, scenes_reasoner
+    from edgemm.models import reasoner, scenes_painter, scenes_reasoner
+    from edgemm.reasoner.painter_train import train_painter
     from edgemm.reasoner.scenes_train import train_scenes
     from edgemm.reasoner.train import train as train_reasoner
 
-    if (recipe.train is None) == (recipe.train_scenes is None):
+    if sum(section is not None for section in (recipe.train, recipe.train_scenes, recipe.train_painter)) != 1:
         raise InputError(
-            f"recipe {recipe.name} has no train section, or two",
-            fix="use recipes/reasoner-easy-vqa.yaml or recipes/reasoner-scenes.yaml",
+            f"recipe {recipe.name} has no train section, or several",
+            fix="use reasoner-easy-vqa, reasoner-scenes or painter-scenes",
         )
     with locked(out / ".runs"), artifact.writing(out):
         family: ModuleType
@@ -139,6 +140,10 @@ def train(recipe: Recipe, out: Path) -> Path:
             model, corpus = train_scenes(world, recipe.train_scenes, recipe.seed, out)
             tokenizer = corpus.tokenizer
             family = scenes_reasoner
+        elif recipe.train_painter:
+            world = plugins.plugin("data", recipe.data or "scenes")
+            model, tokenizer = train_painter(world, recipe.train_painter, recipe.seed, out)
+            family = scenes_painter
         else:
             assert recipe.train
             samples = plugins.plugin("data", recipe.data or "easy_vqa").samples("train")

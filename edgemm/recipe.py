@@ -173,6 +173,32 @@ class TrainScenes(Strict):
     model: dict[str, Any] = {}
 
 
+class TrainPainter(Strict):
+    """Training of the painter of scenes; see edgemm/reasoner/painter_train.py.
+
+    scenes, validation_scenes  how many are drawn to learn from, and of the test split to judge by
+    picture_*, plan_*, code_*  of the autoencoder, of what writes plans, and of what fills in codes
+    *_rate          the largest learning rate
+    """
+
+    threads: int = Field(1, ge=1)
+    scenes: int = Field(16_000, ge=16)
+    validation_scenes: int = Field(200, ge=8)
+    recogniser_scenes: int = Field(6_000, ge=16, description="that the judge learns from, which is trained apart")
+    picture_batch: int = Field(12, ge=2)
+    plan_batch: int = Field(16, ge=2)
+    code_batch: int = Field(32, ge=2)
+    picture_epochs: int = Field(7, ge=1)
+    plan_epochs: int = Field(4, ge=1)
+    code_epochs: int = Field(2, ge=1)
+    picture_rate: float = Field(2e-3, gt=0)
+    plan_rate: float = Field(1e-3, gt=0)
+    code_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    bf16: bool = True
+    model: dict[str, Any] = {}
+
+
 class Recover(Strict):
     """A short distillation from the FP32 model after the passes of `prune`; see edgemm/recovery.py.
 
@@ -236,6 +262,7 @@ class Recipe(Strict):
     verify: Verify = Verify()
     train: Train | None = None
     train_scenes: TrainScenes | None = None
+    train_painter: TrainPainter | None = None
     smoke: dict[str, Any] = Field({}, description="what `train --smoke` overrides, by dotted path")
 
 

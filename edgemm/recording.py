@@ -46,7 +46,7 @@ def record(
         tensors = session.tensors(sample.query)
         known = session.infer(tensors)
         if session.decoder in wanted:
-            session.generate(known, sample.text)
+            session.complete(tensors, sample.text)
         if broken := [n for n, v in known.items() if v.dtype.kind == "f" and np.isnan(v).any()]:
             raise InputError(
                 f"calibration sample {sample.id}: the FP32 model makes NaN of it, first in {broken[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -26,6 +27,9 @@ def command(
     data: Annotated[
         Optional[Path],
         typer.Option(metavar="FILE", help="JSON Lines of inputs: image, audio, text, boxes, id; - is standard input."),
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option("-o", "--output", metavar="FILE", help="PNG of the picture, of models that paint.")
     ] = None,
     learned: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="Answer with what edgemm learn wrote, too.")
@@ -56,7 +60,11 @@ def command(
         raise InputError("--stream is for one text", fix="leave out --data, directories, --boxes, --learned and --json")
     if data is not None and query != Query():
         raise InputError("--data says what goes in", fix="leave out --image, --text, --audio and --boxes")
+    if out is not None and (many or stream):
+        raise InputError("--output is for one picture", fix="leave out --data, directories and --stream")
     session = load_bundle(bundle, require_signature=require_signature)
+    if out is not None and not session.output.get("picture"):
+        raise InputError(f"{bundle} makes no picture", fix="leave --output out")
     answering = session if learned is None else FewShot(session, read_learned(learned))
     if many:
         _lines(answering, query, data)
@@ -64,6 +72,12 @@ def command(
         console.result_pieces(session.stream(image=image, text=text, audio=audio))
     else:
         answer = answering.answer(query)
+        if out is not None:
+            from edgemm.artifact import write_atomic
+            from edgemm.runtime.pictures import png
+
+            write_atomic(out, png(answer.outputs[session.output["picture"]["tensor"]]))
+            answer = replace(answer, answer=str(out))
         if json:
             console.result_json(answer.as_json(answering.output["kind"]))
         else:

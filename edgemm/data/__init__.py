@@ -74,7 +74,7 @@ def split(recipe: Recipe, program: Program) -> tuple[list[Sample], list[Sample]]
     elif not Path(recipe.data).exists():
         module = plugins.plugin("data", recipe.data)
         draw = module.samples
-        if hasattr(module, "captions") and (program()["output"]["kind"] == "embeddings" or not program().get("text")):
+        if hasattr(module, "captions") and (of_captions(program()) or not program().get("text")):
             draw = module.captions
         train, test = (_fit(draw(part), program()) for part in ("train", "test"))
     else:
@@ -128,9 +128,9 @@ def _read_once(path: Path, changed_ns: int, tolerance: float) -> dict[str, list[
 def _fit(samples: list[Sample], program: dict[str, Any]) -> list[Sample]:
     """The samples without what the model does not take; those of which no medium would be left are left out.
 
-    For models that embed, a caption is the text that belongs to the medium, and no right answer.
+    For models that embed or paint, a caption is the text that belongs to the medium, and no right answer.
     """
-    if program["output"]["kind"] == "embeddings":
+    if of_captions(program):
         samples = [replace(s, text=s.text or s.label) for s in samples]
     takes = {name: bool(program.get(name)) for name in ("image", "text", "audio")}
     fitted = [
@@ -147,6 +147,11 @@ def _fit(samples: list[Sample], program: dict[str, Any]) -> list[Sample]:
         return fitted
     pairs = zip(fitted, samples, strict=True)
     return [s for s, whole in pairs if s.image or s.audio or not (whole.image or whole.audio)]
+
+
+def of_captions(program: dict[str, Any]) -> bool:
+    """Whether the model embeds, or paints: texts are captions, and no questions."""
+    return program["output"]["kind"] == "embeddings" or bool(program["output"].get("picture"))
 
 
 def check_data(recipe: Recipe) -> None:

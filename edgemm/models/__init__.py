@@ -33,7 +33,7 @@ from edgemm.errors import InputError
 from edgemm.models._graph import caller
 from edgemm.runtime.session import Session
 
-OWN = ("reasoner", "scenes_reasoner")  # trained here: no checkpoints of transformers
+OWN = ("reasoner", "scenes_reasoner", "scenes_painter")  # trained here: no checkpoints of transformers
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 Dtype = Literal["float32", "int64", "int32", "bool"]
 

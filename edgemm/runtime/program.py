@@ -78,6 +78,17 @@ class Embeddings(Strict):
         return {*self.tensors.values(), *([self.match] if self.match else [])}
 
 
+class Picture(Strict):
+    """What becomes of the ids that a decoder made: `ids` int64[B,count], of which a component makes `tensor`.
+
+    tensor   float32[B,3,H,W], RGB, -1..1
+    """
+
+    ids: Name
+    tensor: Name = "picture"
+    count: Size
+
+
 class Generation(Strict):
     """Text, token by token, from the component `decoder`, whose key/value cache goes round through the runtime.
 
@@ -91,6 +102,7 @@ class Generation(Strict):
     prompt             ids that every text begins with; `text_prompt`: the query's text follows them
     eos                ids that end a text;  suppress, suppress_first  ids never made, and not made first
     beams              width of the beam search, 1 is greedy; `length_penalty` as transformers has it
+    picture            of models whose ids tell of a picture and are no words
     """
 
     kind: Literal["generation"] = "generation"
@@ -109,10 +121,12 @@ class Generation(Strict):
     max_new_tokens: Size
     beams: int = Field(1, ge=1, le=64)
     length_penalty: float = 1.0
+    picture: Picture | None = None
 
     @property
     def needs(self) -> set[str]:
-        return {self.logits, *(present for _, present in self.cache)}
+        made = {self.picture.tensor} if self.picture else set()
+        return {self.logits, *(present for _, present in self.cache), *made}
 
     @property
     def own(self) -> set[str]:
@@ -203,6 +217,8 @@ class Program(Strict):
             if missing := {p.name for p in component.inputs} - made:
                 raise ValueError(f"nothing makes the input {min(missing)!r} of {component.name}")
             known |= {p.name for p in component.outputs}
+            if isinstance(output, Generation) and output.picture and component.name == output.decoder:
+                known.add(output.picture.ids)
         self._check_image({p.name: p for c in self.components for p in c.inputs})
         ports = {p.name: p for c in self.components for p in c.outputs}
         if missing := output.needs - ports.keys():
@@ -229,6 +245,8 @@ class Program(Strict):
                     pass
                 case shape:
                     raise ValueError(f"{past} is {list(shape)}, not [batch, heads, slots, width]")
+        if output.picture and output.max_new_tokens != output.picture.count:
+            raise ValueError(f"max_new_tokens is {output.max_new_tokens}, which is not what a picture has")
         vocabulary = next(p.shape[-1] for p in decoder.outputs if p.name == output.logits)
         if isinstance(vocabulary, int) and max(output.prompt) >= vocabulary:
             raise ValueError(f"prompt has {max(output.prompt)}, and {output.logits} {vocabulary} values")

@@ -23,6 +23,7 @@ from edgemm.runtime.component import Compile, components
 from edgemm.runtime.exits import exits, leave
 from edgemm.runtime.generation import pieces, tokens
 from edgemm.runtime.media import Media
+from edgemm.runtime.pictures import pixels, uri, whole
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Answer, Array, Call, Encoded, Outputs, Query, Tensors, answer_of, query_of
 
@@ -92,7 +93,7 @@ class Session:
         asked = [q if isinstance(q, Query) else query_of(q) for q in queries]
         rows = zip(asked, self._evaluate(asked), strict=True)
         if self.output["kind"] in ("generation", "transcript"):
-            return [Answer(self._text_of(q, known), None, {}) for q, known in rows]
+            return [self._answer_of(q, known) for q, known in rows]
         return [answer_of(known, self.output, self.sources) for _, known in rows]
 
     def answer(self, query: Query) -> Answer:
@@ -114,7 +115,7 @@ class Session:
         audio: Path | str | bytes | Encoded | None = None,
     ) -> Iterator[str]:
         """The text that `run` answers, word by word as it is made; of a beam search, all of it at its end."""
-        if self.decoder is None:
+        if self.decoder is None or self.output["picture"]:
             raise InputError("the model writes no text token by token", fix="use run, or leave --stream out")
         query = Query(image, text, audio)
         (known,) = self._evaluate([query])
@@ -124,11 +125,12 @@ class Session:
         """What metrics judge, of all queries in order; edgemm/metrics/__init__.py lists it by output kind."""
         kind = self.output["kind"]
         if kind in ("generation", "transcript"):  # a few at a time: what a text is made of is megabytes
-            texts = []
+            made: list[dict[str, Any]] = []
             for start in range(0, len(queries), MAX_BATCH):
                 chunk = queries[start : start + MAX_BATCH]
-                texts += [self._text_of(q, r) for q, r in zip(chunk, self._evaluate(chunk), strict=True)]
-            return {"text": np.array(texts)}
+                made += [self._made(q, r) for q, r in zip(chunk, self._evaluate(chunk), strict=True)]
+            found = ("text", "picture") if self.output.get("picture") else ("text",)
+            return {name: np.array([m[name] for m in made]) for name in found}
         rows = self._evaluate(queries)
         if kind == "labels":
             logits = np.concatenate([r[self.output["tensor"]] for r in rows])
@@ -191,7 +193,16 @@ class Session:
     def complete(self, tensors: Tensors, prompt_text: str | Encoded | None = None) -> Any:
         """From pre-processed tensors to all that the model computes of them: what a latency measurement times."""
         known = self.infer(tensors)
-        return self.generate(known, prompt_text) if self.decoder else known
+        if self.decoder is None:
+            return known
+        ids = self.generate(known, prompt_text)
+        return self.picture(ids) if self.output["picture"] else ids
+
+    def picture(self, ids: Sequence[int]) -> Array:
+        """What the model makes of the ids of its decoder, float32[3,H,W], -1..1; of models that make pictures."""
+        spec = self.output["picture"]
+        made: Array = self.infer({spec["ids"]: whole(ids, spec["count"])})[spec["tensor"]][0]
+        return made
 
     def _evaluate(self, queries: Sequence[Query]) -> list[dict[str, Array]]:
         """The tensors that the answer needs, of each query.
@@ -235,6 +246,19 @@ class Session:
             elif len(self.components.origins[name]) > 1:
                 joining |= inputs
         return joining | answer, answer
+
+    def _answer_of(self, query: Query, known: Tensors) -> Answer:
+        if not self.output.get("picture"):
+            return Answer(self._text_of(query, known), None, {})
+        picture = self.picture(self.generate(known, query.text))
+        return Answer(uri(picture), None, {self.output["picture"]["tensor"]: picture})
+
+    def _made(self, query: Query, known: Tensors) -> dict[str, Any]:
+        """The text; of a picture its pixels, and its ids as words: metrics of words count those that differ."""
+        if not (spec := self.output.get("picture")):
+            return {"text": self._text_of(query, known)}
+        ids = self.generate(known, query.text)
+        return {"text": " ".join(map(str, whole(ids, spec["count"])[0].tolist())), "picture": pixels(self.picture(ids))}
 
     def _text_of(self, query: Query, known: Tensors) -> str:
         if self.output["kind"] == "transcript":

@@ -1,6 +1,6 @@
 """The scenes reasoner compressed for each of its tasks, each proved by all that its task is judged by; both scorecards.
 
-    .venv/bin/python tests/bench/scenes.py [MODEL] [-o DIR]
+    .venv/bin/python tests/bench/scenes.py [MODEL] [-o DIR] [--set PATH=VALUE]...
 
 DIR gets a directory of reports a task, the bundles TASK.edgemm, and fp32.md and int8.md: all figures of the FP32 graphs
 and of the bundles, on 1,000 test scenes. The exit code is the worst of `edgemm compress`.
@@ -33,13 +33,15 @@ def edgemm(*arguments: str | Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="scenes_reasoner")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="for compress")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/scenes"))
     given = parser.parse_args()
+    more = [argument for value in given.set for argument in ("--set", value)]
     codes, rows = [], []
     for task, metrics in METRICS.items():
         out = given.output / task
         judged = f"verify.metrics={json.dumps([{'use': name} for name in metrics])}"
-        codes.append(edgemm("compress", given.model, "--set", f"task={task}", "--set", judged, "-o", out))
+        codes.append(edgemm("compress", given.model, "--set", f"task={task}", "--set", judged, *more, "-o", out))
         (target,) = json.loads((out / "report.json").read_text(encoding="utf-8"))["targets"]
         rows += rows_of(task, target)
         for bundle in (out / "x86-openvino").glob("*.edgemm"):

@@ -26,7 +26,8 @@ from edgemm.plugins import PACKAGE, names, plugin
 
 CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host", "yaml_files")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
-TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs")  # families of what edgemm/reasoner/ has
+# families of what edgemm/reasoner/ has
+TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs", "scenes_painter")
 FRAMEWORKS = (
     "torch",
     "transformers",
@@ -397,6 +398,13 @@ def outputs_of(kind: str, n: int = 60) -> tuple[dict[str, Any], dict[str, Any], 
         rows = np.eye(n, dtype=np.float32)
         wrong = {"image": rows, "text": np.roll(rows, 20, 0)}
         return {"image": rows, "text": rows.copy()}, wrong, [str(i) for i in range(n)]
+    if kind == "picture":
+        scenes = plugin("data", "scenes")
+        drawn = [scene for scene, _ in zip(scenes.scenes("test", 0), range(n), strict=False)]
+        pictures = np.stack([scenes.draw(scene) for scene in drawn])
+        codes = np.array([f"{i} {i + 1}" for i in range(n)])
+        wrong = {"text": np.array(["700 800"] * n), "picture": np.roll(pictures, 1, 0)}
+        return {"text": codes, "picture": pictures}, wrong, [scenes.caption(scene) for scene in drawn]
     right = [f"please press {words[i % 5]} for room number {i}" for i in range(n)]
     return {"text": np.array(right)}, {"text": np.array(["quite another thing"] * n)}, right
 
@@ -434,7 +442,7 @@ def test_metric_names_its_unit_and_the_outputs_that_it_judges(name: str) -> None
     metric = plugin("metrics", name)
     assert isinstance(metric.UNIT, str)
     assert metric.UNIT
-    assert set(metric.OUTPUTS) <= {"labels", "embeddings", "generation", "transcript", "features"}
+    assert set(metric.OUTPUTS) <= {"labels", "embeddings", "generation", "transcript", "picture", "features"}
     assert metric.OUTPUTS
     assert {type(getattr(metric, flag, False)) for flag in ("ERROR", "NEEDS_TARGETS")} == {bool}
 

@@ -43,6 +43,8 @@ class Model:
         self.program = checked.model_dump()
         self.output, self.text = self.program["output"], self.program["text"]
         self.backend = self.program["backend"]
+        if self.output.get("picture"):
+            raise InputError(f"{path}: {self.name} makes pictures, which are not served", fix="use edgemm run")
         self.prompted = bool(self.output.get("text_prompt"))
         self.sources = checked.sources()
         if self.prompted:
