@@ -135,8 +135,9 @@ def test_the_same_weights_write_captions(edgemm: Any, tmp_path: Path) -> None:
 
 
 def test_pictures_are_as_their_captions_say(edgemm: Any, device: Any, tmp_path: Path) -> None:
-    code, target, bundle = compress(edgemm, tmp_path, "--set", "verify.limit=200", model="scenes_painter")
-    assert code in (0, 5), target["gates"]
+    size = "target.budgets.max_size_ratio=0.35"  # where things stand is looked up in tables that stay in float
+    code, target, bundle = compress(edgemm, tmp_path, "--set", size, model="scenes_painter")
+    assert code == 0, target["gates"]
     caption = "a small red circle and a big blue square; the red circle is left of the blue square"
     done = device("run", bundle, "--text", caption, "-o", tmp_path / "made.png")
     assert done.returncode == 0, done.stderr
