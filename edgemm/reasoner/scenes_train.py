@@ -109,7 +109,7 @@ class _Run:
             self.freeze(())
             learning = self.model.captioner
         if not resumed:
-            self.best = {"score": -1.0, "epoch": -1, **({"model": self.best["model"]} if self.best else {})}
+            self.best = {**self.best, "score": -1.0, "epoch": -1}  # its model is what the stage goes on from
         optimizer = torch.optim.AdamW(
             [p for p in learning.parameters() if p.requires_grad],
             lr=self.recipe.learning_rate,
