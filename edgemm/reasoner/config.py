@@ -95,8 +95,8 @@ class ScenesConfig:
 
     @property
     def min_samples(self) -> int:
-        """The shortest waveform, 0.1 s or what gives `top_k` frames or `audio_least`: silence makes others as long."""
-        samples = max(1, self.top_k)
+        """The shortest waveform, 0.1 s or what gives `min_frames` or `audio_least`: silence makes others as long."""
+        samples = self.min_frames
         for kernel, stride in zip(self.audio_kernels[::-1], self.audio_strides[::-1], strict=True):
             samples = (samples - 1) * stride + kernel
         return max(1_600, samples, self.audio_least)

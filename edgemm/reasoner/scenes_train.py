@@ -215,7 +215,7 @@ class _Run:
                 elif stage == "reasoning":
                     loss = self.losses.reasoning(part, keys, f"{stage} {epoch}", rng)
                 else:
-                    loss = self.losses.written(part, keys["image"])
+                    loss = self.losses.captioning(part, keys["image"])
             loss.backward()
             nn.utils.clip_grad_norm_(self.losses.parameters(), 1.0)
             optimizer.step()
