@@ -2,9 +2,7 @@
 
     image_encoder, text_encoder, audio_encoder   each run when its modality is there
 
-answer                 questions on pictures and recordings
-    given_text_image_audio .. given_audio        one for each subset of the modalities: what the levels take of it
-    level_1, level_2, level_3                    the levels, the same for every subset
+answer                 questions on pictures and recordings: see _scenes_levels.py
 find_image, find_audio   captions and pictures, or recordings, in one space
     text_embedding, image_embedding or audio_embedding
     matcher                                      of pictures alone: does a caption belong to one?
@@ -14,7 +12,6 @@ caption                captions of pictures, word by word
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +19,10 @@ from torch import Tensor, nn
 from edgemm.models import Component
 from edgemm.models import Tensor as Spec
 from edgemm.models._decoder import Settings, cache_ports, decoder
+from edgemm.models._scenes_levels import levels
 from edgemm.reasoner.captioner import BEGIN, END
-from edgemm.reasoner.config import MODALITIES, ScenesConfig
-from edgemm.reasoner.levels import FirstGraph, LastGraph, MiddleGraph
-from edgemm.reasoner.scenes_model import Given, ScenesReasoner
+from edgemm.reasoner.config import ScenesConfig
+from edgemm.reasoner.scenes_model import ScenesReasoner
 
 MAX_BATCH = 64
 SIZES = {"batch": MAX_BATCH}
@@ -79,36 +76,9 @@ def encoders(model: ScenesReasoner, *names: str) -> list[Component]:
 
 
 def answering(model: ScenesReasoner) -> list[Component]:
-    config = model.config
-    d = config.width
     words, frames = lengths(model)
-    encoded, made = tokens(model), encoders(model, "image", "text", "audio")
-    question = port("question", "tokens", d), Spec("question_mask", "int64", ("batch", "tokens"))
-    keys = port("image_keys", config.patches, d), port("audio_keys", "frames", d)
-    present, gates = port("present", len(MODALITIES)), port("gates", len(MODALITIES))
-    for count in range(len(encoded), 0, -1):  # the first whose inputs are there makes what the levels take
-        for subset in combinations(encoded, count):
-            inputs = [encoded[m] for m in subset]
-            if "text" in subset:
-                inputs.insert(1, MASK)
-            used = SIZES | (words if "text" in subset else {}) | (frames if "audio" in subset else {})
-            outputs = (*question, *keys, present)
-            made.append(Component("_".join(["given", *subset]), Given(model), tuple(inputs), outputs, used))
-    slots = {n: port(f"slots_{n}", config.slots, d) for n in (1, 2)}
-    said = {n: port(f"words_{n}", "tokens", d) for n in (1, 2)}
-    answer = {n: port("logits" if n == 3 else f"exit_{n}", len(config.answers)) for n in (1, 2, 3)}
-    used = SIZES | words | frames
-    smallest = {"frames": config.min_frames}
-    shared = (question[1], *keys)
-    first, middle, last = (model.level(i) for i in range(3))
-    levels: list[tuple[nn.Module, tuple[Spec, ...], tuple[Spec, ...]]] = [
-        (FirstGraph(first), (*question, *keys, present), (said[1], slots[1], gates, answer[1])),
-        (MiddleGraph(middle), (said[1], *shared, gates, slots[1]), (said[2], slots[2], answer[2])),
-        (LastGraph(last), (said[2], *shared, gates, slots[2]), (answer[3],)),
-    ]
-    for n, (graph, takes, makes) in enumerate(levels, 1):
-        made.append(Component(f"level_{n}", graph, takes, makes, used, min_sizes=smallest))
-    return made
+    made = encoders(model, "image", "text", "audio")
+    return [*made, *levels(model, tokens(model), MASK, port, SIZES | words | frames)]
 
 
 class Embedding(nn.Module):
@@ -147,7 +117,7 @@ class Matcher(nn.Module):
     def forward(self, text_tokens: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
         """text_tokens [B,T,D], attention_mask int64 [B,T], image_tokens [B,P,D] -> match [B,2]."""
         present = image_tokens.new_tensor([[1.0, 0.0]]).expand(text_tokens.shape[0], -1)
-        words = self.level.run(text_tokens, attention_mask, {"image": image_tokens}, present, None)[0]
+        words = self.level.first(text_tokens, attention_mask, {"image": image_tokens}, present)[0]
         return self.match(words, attention_mask)
 
 

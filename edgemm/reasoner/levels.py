@@ -1,12 +1,7 @@
 """Progressive reasoning in three levels, each of which can answer: objects, relations between them, implications.
 
 Axes: B questions, N scenes (B a multiple of N: the questions of a scene stand together), T words, K keys, S slots,
-D width, M modalities, A answers. Each level is exported as a graph of its own:
-
-    level_1  question [B,T,D], question_mask [B,T], image_keys, audio_keys [N,K,D], present [B,M]
-             -> words_1 [B,T,D], slots_1 [N,S,D], gates [B,M], exit_1 [B,A]
-    level_2  words_1, question_mask, image_keys, audio_keys, gates, slots_1 -> words_2, slots_2, exit_2
-    level_3  words_2, question_mask, image_keys, audio_keys, gates, slots_2 -> logits [B,A]
+D width, M modalities, A answers.
 """
 
 from __future__ import annotations
@@ -77,7 +72,10 @@ class Exit(nn.Module):
 
 
 class Level(nn.Module):
-    """One level, 0 to 2: its slots, its layers, its exit."""
+    """One level, 0 to 2: its slots, its layers, its exit.
+
+    Nothing looks at the slots of level 0 before level 1 does: `gather` makes them then, if it comes to that.
+    """
 
     def __init__(self, config: ScenesConfig, index: int) -> None:
         super().__init__()
@@ -89,73 +87,40 @@ class Level(nn.Module):
         self.layers = nn.ModuleList(Layer(config, names) for _ in range(config.levels[index]))
         self.exit = Exit(config)
 
-    def run(
-        self, words: Tensor, mask: Tensor, keys: Mapping[str, Tensor], weights: Tensor, slots: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """words [B,T,D], mask int64 [B,T], keys by modality [N,K,D], absent ones left out -> words, slots, gates, exit.
+    def gather(self, keys: Mapping[str, Tensor], present: Tensor) -> Tensor:
+        """Of level 0: keys by modality [N,K,D], present [B,M] -> slots [N,S,D]."""
+        slots: Tensor = self.slots(keys, one_each(keys, present))
+        return slots
 
-        weights   of level 0: which modalities are there, [B,M]; of later ones: the gates
-        slots     [N,S,D] of the level before
-        """
-        if self.gates is not None:
-            gates = self.gates(words, keys, weights)
-            scenes = next(iter(keys.values())).shape[0] if keys else weights.shape[0]
-            one_each = weights if weights.shape[0] == scenes else weights[:: weights.shape[0] // scenes]
-            slots = self.slots(keys, one_each)
-            if self.graph is not None:
-                words, keys = self.graph(words, mask, keys, one_each)
-        else:
-            gates, slots = weights, self.slots(slots)
-        additive = additive_mask(mask, words.dtype)
-        seen = {**keys, "slots": slots}
-        for layer in self.layers:
-            words = layer(words, additive, seen, gates)
-        return words, slots, gates, self.exit(words)
-
-
-class LevelGraph(nn.Module):
-    """A level as a graph: both modalities' keys as inputs, one of zeros where a modality is absent."""
-
-    def __init__(self, level: Level) -> None:
-        super().__init__()
-        self.level = level
-
-
-class FirstGraph(LevelGraph):
-    def forward(
-        self, question: Tensor, question_mask: Tensor, image_keys: Tensor, audio_keys: Tensor, present: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See the module's docstring."""
-        keys = {"image": image_keys, "audio": audio_keys}
-        return self.level.run(question, question_mask, keys, present, None)
-
-
-class MiddleGraph(LevelGraph):
-    def forward(
-        self,
-        words_1: Tensor,
-        question_mask: Tensor,
-        image_keys: Tensor,
-        audio_keys: Tensor,
-        gates: Tensor,
-        slots_1: Tensor,
+    def first(
+        self, words: Tensor, mask: Tensor, keys: Mapping[str, Tensor], present: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the module's docstring."""
-        keys = {"image": image_keys, "audio": audio_keys}
-        words, slots, _, logits = self.level.run(words_1, question_mask, keys, gates, slots_1)
-        return words, slots, logits
+        """Of level 0: words [B,T,D], mask int64 [B,T], keys by modality [N,K,D], absent ones left out, present [B,M]
+        -> words, gates [B,M], exit [B,A]."""
+        assert self.gates is not None
+        gates = self.gates(words, keys, present)
+        if self.graph is not None:
+            words, keys = self.graph(words, mask, keys, one_each(keys, present))
+        words, answer = self.read(words, mask, keys, gates)
+        return words, gates, answer
+
+    def later(
+        self, words: Tensor, mask: Tensor, keys: Mapping[str, Tensor], gates: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of levels 1 and 2: `slots` [N,S,D] of the level before, the gates -> words, slots, exit."""
+        slots = self.slots(slots)
+        words, answer = self.read(words, mask, {**keys, "slots": slots}, gates)
+        return words, slots, answer
+
+    def read(self, words: Tensor, mask: Tensor, keys: Mapping[str, Tensor], gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Words that look at all keys, and what they answer: [B,T,D], [B,A]."""
+        additive = additive_mask(mask, words.dtype)
+        for layer in self.layers:
+            words = layer(words, additive, keys, gates)
+        return words, self.exit(words)
 
 
-class LastGraph(LevelGraph):
-    def forward(
-        self,
-        words_2: Tensor,
-        question_mask: Tensor,
-        image_keys: Tensor,
-        audio_keys: Tensor,
-        gates: Tensor,
-        slots_2: Tensor,
-    ) -> Tensor:
-        """See the module's docstring."""
-        keys = {"image": image_keys, "audio": audio_keys}
-        return self.level.run(words_2, question_mask, keys, gates, slots_2)[3]
+def one_each(keys: Mapping[str, Tensor], present: Tensor) -> Tensor:
+    """present [B,M] -> [N,M]: the questions of a scene have the same."""
+    scenes = next(iter(keys.values())).shape[0] if keys else present.shape[0]
+    return present if present.shape[0] == scenes else present[:: present.shape[0] // scenes]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from edgemm.reasoner.alignment import Contrast
 from edgemm.reasoner.captioner import Captioner
@@ -97,43 +96,18 @@ class ScenesReasoner(nn.Module):
         if words is None or mask is None:
             words = self.no_question.expand(len(next(iter(keys.values()))), -1, -1)
             mask = torch.ones(words.shape[:2], dtype=torch.int64)
-        weights = torch.tensor([[float(m in keys) for m in MODALITIES]]).expand(len(words), -1)
-        slots, made, logits = None, [], []
-        for index in range(levels or len(self.levels)):
-            level = self.level(index)
-            words, slots, weights, answer = level.run(words, mask, keys, weights, slots)
-            made.append(words)
-            logits.append(answer)
-        return Reasoned(made, logits, weights)
+        first, present = self.level(0), there(keys, words)
+        words, gates, answer = first.first(words, mask, keys, present)
+        made, logits = [words], [answer]
+        if levels != 1:
+            slots = first.gather(keys, present)
+            for index in range(1, levels or len(self.levels)):
+                words, slots, answer = self.level(index).later(words, mask, keys, gates, slots)
+                made.append(words)
+                logits.append(answer)
+        return Reasoned(made, logits, gates)
 
 
-class Given(nn.Module):
-    """What the levels take, of one subset of the modalities: a graph without weights, but for the learned question."""
-
-    def __init__(self, model: ScenesReasoner) -> None:
-        super().__init__()
-        self.no_question, self.tokens = model.no_question, model.config.question_tokens
-        self.keys = {"image": model.config.patches, "audio": model.config.min_frames}
-
-    def forward(
-        self,
-        text_tokens: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_tokens: Tensor | None = None,
-        audio_tokens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [B,T,D], [B,P,D], [B,F,D] -> question, question_mask, image_keys, audio_keys, present [B,M].
-
-        What is absent is zeros that count for nothing: as many words and cells as there may be, as few audio frames.
-        """
-        tokens = next(t for t in (text_tokens, image_tokens, audio_tokens) if t is not None)
-        batch, width = tokens.shape[0], tokens.shape[2]
-        if text_tokens is None or attention_mask is None:
-            question = F.pad(self.no_question, (0, 0, 0, self.tokens - 1)).expand(batch, -1, -1)
-            mask = F.pad(torch.ones(batch, 1, dtype=torch.int64), (0, self.tokens - 1))
-        else:
-            question, mask = text_tokens, attention_mask
-        given = dict(zip(MODALITIES, (image_tokens, audio_tokens), strict=True))
-        image, audio = (torch.zeros(batch, self.keys[m], width) if t is None else t for m, t in given.items())
-        present = torch.tensor([[float(t is not None) for t in given.values()]]).expand(batch, -1)
-        return question.clone(), mask.clone(), image.clone(), audio.clone(), present.clone()
+def there(keys: Mapping[str, Tensor], words: Tensor) -> Tensor:
+    """1 for each of MODALITIES that is among the keys, for each of words [B,T,D]: [B,M]."""
+    return words.new_tensor([[float(m in keys) for m in MODALITIES]]).expand(words.shape[0], -1)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
@@ -78,28 +79,41 @@ class Components(dict[str, Component]):
     set of modalities that it can be given, and the rest of it once.
 
     origins   the modalities without which each one can't run
-    joint     those that hang on which modalities there are, and so wait until all of a query's are encoded
+    joint     those that hang on which modalities there are, and so wait until all of a query's are encoded: whoever
+              makes what something before makes, too, takes what several make, or takes what such a one makes
+    ports     names of the tensors that each one takes and makes
     sources   modality -> the tensors that its pre-processing makes
     """
 
     def __init__(self, specs: Sequence[dict[str, Any]], sources: Mapping[str, set[str]], compile_: Compile) -> None:
         super().__init__((spec["name"], Component(spec, compile_)) for spec in specs)
+        self.sources = sources
+        self.ports: dict[str, tuple[set[str], set[str]]] = {
+            spec["name"]: ({p["name"] for p in spec["inputs"]}, {p["name"] for p in spec["outputs"]}) for spec in specs
+        }
         self.origins: dict[str, set[str]] = {}
         of = {tensor: {modality} for modality, tensors in sources.items() for tensor in tensors}
-        for spec in specs:
-            found = set().union(*(of.get(port["name"], set()) for port in spec["inputs"]))
-            self.origins[spec["name"]] = found
-            of |= {port["name"]: found & of.get(port["name"], found) for port in spec["outputs"]}
-        made = Counter(port["name"] for spec in specs for port in spec["outputs"])
-        several, self.joint = {name for name, times in made.items() if times > 1}, set[str]()
-        for spec in specs:
-            if several & {port["name"] for port in (*spec["inputs"], *spec["outputs"])}:
-                self.joint.add(spec["name"])
-                several |= {port["name"] for port in spec["outputs"]}
+        made = Counter(chain(of, *(outputs for _, outputs in self.ports.values())))
+        hanging, before, self.joint = {tensor for tensor, times in made.items() if times > 1}, set(of), set[str]()
+        for name, (inputs, outputs) in self.ports.items():
+            if hanging & inputs or before & outputs:
+                self.joint.add(name)
+                hanging |= outputs
+            before |= outputs
+            found = set().union(*(of.get(tensor, set()) for tensor in inputs))
+            self.origins[name] = found
+            of |= {tensor: found & of.get(tensor, found) for tensor in outputs}
+        self.nobodys = set().union(*(inputs for inputs, _ in self.ports.values())) - before
 
     def load(self, modalities: set[str]) -> None:
         """Compile what runs when these are there, side by side."""
-        needed = [c for name, c in self.items() if self.origins[name] <= modalities and not c.loaded]
+        known = self.nobodys.union(*(self.sources[m] for m in modalities))
+        needed = []
+        for name, (inputs, outputs) in self.ports.items():
+            if inputs <= known and not outputs <= known:
+                known |= outputs
+                needed.append(self[name])
+        needed = [component for component in needed if not component.loaded]
         if len(needed) > 1:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(Component.load, needed))

@@ -154,12 +154,11 @@ class Session:
         alone   they are of one medium of several: what hangs on which others there are is not run
         """
         known, left_out = dict(tensors), {self.decoder, *(self.components.joint if alone else ())}
-        for name, component in self.components.items():
-            inputs, outputs = ({port["name"] for port in component.spec[side]} for side in ("inputs", "outputs"))
+        for name, (inputs, outputs) in self.components.ports.items():
             if name not in left_out and inputs <= known.keys() and not outputs <= known.keys():
                 if self.observe:
                     self.observe(name, {n: known[n] for n in inputs})
-                known.update(component(known))
+                known.update(self.components[name](known))
                 for tensor in outputs & self.exits.keys():
                     if left := leave(known, tensor, self.exits[tensor], self.output["tensor"], self.infer):
                         return left
@@ -239,11 +238,10 @@ class Session:
     def _wanted(self) -> tuple[set[str], set[str]]:
         """Tensors that must outlive the encoders, because they join modalities, and those that the answer needs."""
         answer, joining = set(self.needs), set()
-        for name, component in self.components.items():
-            inputs = {port["name"] for port in component.spec["inputs"]}
+        for name, (inputs, _) in self.components.ports.items():
             if name == self.decoder:
                 answer |= inputs
-            elif len(self.components.origins[name]) > 1:
+            elif len(self.components.origins[name]) > 1 or name in self.components.joint:
                 joining |= inputs
         return joining | answer, answer
 

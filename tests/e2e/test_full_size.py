@@ -78,8 +78,8 @@ def test_the_scenes_reasoner_at_full_size(edgemm: Any, tmp_path: Path, capsys: p
     assert done.returncode == 5, done.stderr
     report = json.loads((out / "report.json").read_text())
     (target,) = report["targets"]
-    levels = [f"level_{n}" for n in (1, 2, 3)]
-    names = ["image_encoder", "text_encoder", "audio_encoder", "given_text_image_audio", *levels]
+    levels = ["level_1_text_image_audio", "given_image_audio", "level_2", "level_3"]
+    names = ["image_encoder", "text_encoder", "audio_encoder", *levels]
     assert [row["name"] for row in target["latency"]["components"]] == names
     with capsys.disabled():
         show("scenes reasoner, INT8", report)

@@ -59,8 +59,10 @@ def test_what_is_not_there_is_not_run(session: Session) -> None:
         run.clear()
         session.run(**{m: media[m] for m in given})
         assert {name for name in run if name.endswith("_encoder")} == {f"{m}_encoder" for m in given}
-        joined = "given_" + "_".join(given)
-        assert [name for name in run if not name.endswith("_encoder")] == [joined, "level_1", "level_2", "level_3"]
+        looked_at = [m for m in given if m != "text"]
+        unasked = [] if "text" in given else ["unasked_" + looked_at[0]]
+        first, keys = ("_".join([name, *looked_at]) for name in ("level_1_text", "given"))
+        assert [n for n in run if not n.endswith("_encoder")] == [*unasked, first, keys, "level_2", "level_3"]
 
 
 def test_what_was_absent_at_first_is_taken_later(session: Session) -> None:
@@ -82,7 +84,7 @@ def test_sure_answers_leave_early(session: Session) -> None:
     run: list[str] = []
     session.observe = lambda name, tensors: run.extend([name] * len(next(iter(tensors.values()))))
     right = [session.run(image=scenes.png(scenes.draw(s)), text=q.text).answer == q.answer for s, q in ASKED]
-    assert run.count("level_1") == len(ASKED)
+    assert run.count("level_1_text_image") == len(ASKED)
     assert run.count("level_3") <= run.count("level_2") < 0.7 * len(ASKED)
     assert sum(right) > 0.9 * len(ASKED)
 

@@ -26,7 +26,7 @@ from edgemm.reasoner.fusion import Gates, Layer, SparseAttention
 from edgemm.reasoner.graph import HeteroGraph
 from edgemm.reasoner.model import Attention, attend
 from edgemm.reasoner.scenes_corpus import writing
-from edgemm.reasoner.scenes_model import Given, ScenesReasoner
+from edgemm.reasoner.scenes_model import ScenesReasoner
 from edgemm.reasoner.scenes_validation import best_temperature, least_confidence
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import open_directory
@@ -309,7 +309,10 @@ def test_components_in_a_row_are_the_model(model: ScenesReasoner, subset: tuple[
             ran.append(component.name)
             out = component.module(**{n: known[n] for n in names})  # type: ignore[operator]
             known |= zip([p.name for p in component.outputs], out if isinstance(out, tuple) else (out,), strict=True)
-    assert [n for n in ran if n.startswith("given")] == ["_".join(["given", *subset])]
+    looked_at = [m for m in subset if m != "text"]
+    assert [n for n in ran if n.startswith("level_1")] == ["_".join(["level_1_text", *looked_at])]
+    assert [n for n in ran if n.startswith("given")] == ["_".join(["given", *(looked_at or ["text"])])]
+    assert any(n.startswith("unasked") for n in ran) == ("text" not in subset)
     assert close(known["logits"], model(**only(inputs(2), subset)))
 
 
@@ -496,16 +499,31 @@ def test_sure_rows_leave_early_and_the_others_go_on(directory: Path) -> None:
     model = scenes_reasoner.load(directory)
     program = scenes_reasoner.program(model, directory)
     whole, ran = answers_of(directory, program, [])
-    assert ran == ["level_1 2", "level_2 2", "level_3 2"]
+    assert ran == ["level_1_text_image 2", "level_2 2", "level_3 2"]
     early, ran = answers_of(directory, program, [{"tensor": "exit_1", "confidence": 1e-6}])
-    assert ran == ["level_1 2"]
+    assert ran == ["level_1_text_image 2"]
     confidence = torch.from_numpy(early).softmax(1).amax(1)
     between = [{"tensor": "exit_1", "confidence": float(confidence.mean())}]
     mixed, ran = answers_of(directory, program, between)
-    assert ran == ["level_1 2", "level_2 1", "level_3 1"]
+    assert ran == ["level_1_text_image 2", "level_2 1", "level_3 1"]
     sure = int(confidence.argmax())
     np.testing.assert_allclose(mixed[sure], early[sure], atol=1e-6)
     np.testing.assert_allclose(mixed[1 - sure], whole[1 - sure], atol=1e-5)
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
+def test_of_the_graphs_for_subsets_only_that_of_what_is_there_is_loaded(
+    model: ScenesReasoner, subset: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer().to_str())
+    session = open_fp32(scenes_reasoner, model, tmp_path)
+    session.components.load(set(subset))
+    names = {name for name, component in session.components.items() if component.loaded}
+    looked_at = [m for m in subset if m != "text"]
+    assert {n for n in names if n.startswith("level_1")} == {"_".join(["level_1_text", *looked_at])}
+    assert {n for n in names if n.startswith("given")} == {"_".join(["given", *(looked_at or ["text"])])}
+    assert len([n for n in names if n.startswith("unasked")]) == ("text" not in subset)
+    assert {n for n in names if n.endswith("_encoder")} == {f"{m}_encoder" for m in subset}
 
 
 def test_exits_that_may_never_be_taken_are_not_in_the_program() -> None:
@@ -525,4 +543,8 @@ def test_the_least_confidence_costs_no_more_than_it_may() -> None:
 
 
 def test_what_only_joins_has_no_weights_of_its_own(model: ScenesReasoner) -> None:
-    assert [p.numel() for p in Given(model).parameters()] == [model.config.width]
+    joins = {c.name: sum(p.numel() for p in c.module.parameters()) for c in scenes_reasoner.components(model)}  # type: ignore[union-attr]
+    assert {n: size for n, size in joins.items() if n.startswith("given")} == dict.fromkeys(
+        ("given_image_audio", "given_image", "given_audio", "given_text"), 0
+    )
+    assert {joins[f"unasked_{m}"] for m in ("image", "audio")} == {model.config.width}
