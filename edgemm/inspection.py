@@ -58,7 +58,7 @@ def inspect(model: str) -> dict[str, Any]:
             "files": manifest["files"],
         }
     from edgemm.models import find_family, is_torch, read_model, sizes, whole_program
-    from edgemm.models._hidden_units import hidden_units
+    from edgemm.models._hidden_units import that_run
     from edgemm.models._sources import resolve
 
     with tempfile.TemporaryDirectory() as runs:
@@ -67,7 +67,7 @@ def inspect(model: str) -> dict[str, Any]:
         module = read_model(family, directory)
         torch_model = is_torch(directory)
         parameters, macs = sizes(family, module) if torch_model else family.sizes(module)
-        hidden = hidden_units(module) if torch_model else []
+        hidden = that_run(family, module) if torch_model else []
         program = whole_program(family, module, directory)
     fields = ("name", "kind", "queries", "keys", "heads", "head_dim")
     return {

@@ -29,7 +29,7 @@ from edgemm.console import log, progress
 from edgemm.data import Sample, digest, is_random, split
 from edgemm.errors import InputError
 from edgemm.models import find_family, open_fp32, read_model
-from edgemm.models._hidden_units import hidden_units
+from edgemm.models._hidden_units import that_run
 from edgemm.recipe import Recipe, Recover
 from edgemm.runtime.session import Session
 
@@ -91,7 +91,9 @@ class Watched:
     def __init__(self, family: ModuleType, model: nn.Module) -> None:
         self.model, self.components = model, family.components(model)
         self.read: Tensors = {}
-        blocks = {b.name: b.q for b in family.attentions(model) if b.q} | {h.name: h.makes for h in hidden_units(model)}
+        blocks = {b.name: b.q for b in family.attentions(model) if b.q} | {
+            h.name: h.makes for h in that_run(family, model)
+        }
         for name, layer in blocks.items():
             layer.register_forward_pre_hook(partial(self._see, name))
 
@@ -103,7 +105,8 @@ class Watched:
         made: Tensors = {}
         for component in self.components:
             known = given | made
-            if all(port.name in known for port in component.inputs):
+            done = all(port.name in known for port in component.outputs)  # by the graph of another set of modalities
+            if not done and all(port.name in known for port in component.inputs):
                 out = component.module(**{port.name: known[port.name] for port in component.inputs})
                 parts = out if isinstance(out, tuple) else (out,)
                 made |= {port.name: x for port, x in zip(component.outputs, parts, strict=True)}

@@ -156,13 +156,13 @@ def describe(
 
     from edgemm.models import find_family, read_model
     from edgemm.models._calibration import Calibration
-    from edgemm.models._hidden_units import hidden_units
+    from edgemm.models._hidden_units import that_run
 
     directory = begun.path / "model"
     family = find_family(directory)
     model = read_model(family, directory)
     heads = [b for b in family.attentions(model) if b.q and b.heads]
-    units = hidden_units(model)
+    units = that_run(family, model)
     seen: dict[nn.Module, tuple[int, ...]] = {}
     watched = [part for b in heads for part in b.linears[:2]] + [h.makes for h in units]
     handles = [m.register_forward_pre_hook(lambda m, args: seen.update({m: tuple(args[0].shape)})) for m in watched]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 def hidden_units(model: nn.Module) -> list[HiddenUnits]:
-    """All of a model, in the order of its modules."""
+    """All of a model, in the order of its modules; see `that_run`."""
     found = []
     for name, module in model.named_modules():
         for layout in LAYOUTS:
@@ -87,6 +88,18 @@ def hidden_units(model: nn.Module) -> list[HiddenUnits]:
                 units = HiddenUnits(f"{name}.layer.{i}", first.convolution, second.convolution, first.normalization)
                 found.append(units)
     return found
+
+
+def that_run(family: ModuleType, model: nn.Module) -> list[HiddenUnits]:
+    """Those that a graph of the model runs: a model of several tasks has more."""
+    run = running(family, model)
+    return [hidden for hidden in hidden_units(model) if hidden.makes in run]
+
+
+def running(family: ModuleType, model: nn.Module) -> set[nn.Module]:
+    """All modules of the model's graphs."""
+    parts = [c.module for c in family.components(model)]
+    return {module for part in parts if isinstance(part, nn.Module) for module in part.modules()}
 
 
 def _part(module: nn.Module, path: str) -> Any:

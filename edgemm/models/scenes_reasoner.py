@@ -40,7 +40,7 @@ def load(directory: Path) -> ScenesReasoner:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
     model = ScenesReasoner(ScenesConfig.from_dict(config)).eval()
-    shrink(model, attentions, config["left"])
+    shrink(model, every_attention, config["left"])
     weights = load_file(directory / "model.safetensors")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
@@ -49,7 +49,7 @@ def load(directory: Path) -> ScenesReasoner:
 def save(model: ScenesReasoner, directory: Path, source: Path, *, half: bool = False) -> None:
     """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "scenes_reasoner", **model.config.to_dict(), "left": left(model, attentions)}
+    config = {"model_type": "scenes_reasoner", **model.config.to_dict(), "left": left(model, every_attention)}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {n: t.half() if half and t.is_floating_point() else t for n, t in model.state_dict().items()}
     save_file({n: t.contiguous() for n, t in weights.items()}, directory / "model.safetensors")
@@ -62,19 +62,30 @@ def components(model: ScenesReasoner) -> list[Component]:
 
 def attentions(model: ScenesReasoner) -> list[AttentionBlock]:
     """Every multi-head attention of the encoders that the task runs and, where it answers, of the levels."""
-    blocks: list[AttentionBlock] = []
     task = model.config.task
+    unused = {
+        "levels.": task != "answer",
+        "text_encoder.": task == "caption",
+        "audio_encoder.": task not in ("answer", "find_audio"),
+    }
+    starts = tuple(start for start, left_out in unused.items() if left_out)
+    return [block for block in every_attention(model) if not block.name.startswith(starts)]
+
+
+def every_attention(model: ScenesReasoner) -> list[AttentionBlock]:
+    """Those of other tasks, too."""
+    blocks: list[AttentionBlock] = []
     for name, module in model.named_modules():
-        if isinstance(module, Attention) and name.startswith("levels") and task == "answer":
+        if isinstance(module, Attention) and name.startswith("levels."):
             linears = module.q_proj, module.k_proj, module.v_proj, module.o_proj
             sizes, resize = (module.heads, module.head_dim), partial(setattr, module, "heads")
             queries = "slots" if ".slots." in name else "text"
             keys = name.rpartition(".")[2] if ".cross." in name else queries
             kind: Literal["cross", "self"] = "cross" if ".cross." in name else "self"
             blocks.append(AttentionBlock(name, kind, queries, keys, *sizes, *linears, resize))
-        elif isinstance(module, BertAttention) and task != "caption":
+        elif isinstance(module, BertAttention):
             blocks.append(bert_attention(name, module.self, module.output, "self", "text", "text"))
-        elif isinstance(module, Wav2Vec2Attention) and task in ("answer", "find_audio"):
+        elif isinstance(module, Wav2Vec2Attention):
             blocks.append(bart_attention(name, module, "audio", "audio"))
     return blocks
 

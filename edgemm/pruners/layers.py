@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from edgemm.console import log
 from edgemm.errors import InputError
 from edgemm.models._blocks import Stack, stacks
-from edgemm.models._hidden_units import hidden_units
+from edgemm.models._hidden_units import running, that_run
 from edgemm.pruners._calibration import not_reached
 from edgemm.pruners._selection import matching
 from edgemm.recipe import Strict
@@ -62,8 +62,9 @@ def prune(
     run   passes the calibration data through the model once
     Raises InputError when the model has no block, a pattern in `layers` matches none, or so many can't go.
     """
-    names = [b.name for b in family.attentions(model)] + [h.name for h in hidden_units(model)]
-    found = stacks(model)
+    names = [b.name for b in family.attentions(model)] + [h.name for h in that_run(family, model)]
+    run_by_graphs = running(family, model)
+    found = [stack for stack in stacks(model) if run_by_graphs.issuperset(stack.layers)]
     blocks = [Block(f"{s.name}.{i}", s, i) for s in found for i in range(len(s.layers))]
     matched = matching("layers", blocks, options.layers)
     if getattr(getattr(model, "config", None), "use_weighted_layer_sum", False):

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from edgemm.models._hidden_units import HiddenUnits, hidden_units, matrix
+from edgemm.models._hidden_units import HiddenUnits, matrix, that_run
 from edgemm.pruners._calibration import grams, repair, watch
 from edgemm.pruners._scores import fisher
 from edgemm.pruners._selection import choose, matching
@@ -47,8 +47,7 @@ def prune(
     run   passes the calibration data through the model once
     Raises InputError when the model has no such block, or a pattern in `layers` matches none.
     """
-    del family  # blocks are found by their layout
-    blocks = matching("neurons", hidden_units(model), options.layers)
+    blocks = matching("neurons", that_run(family, model), options.layers)
     if options.score == "fisher":
         scores = fisher({b.name: (b.reads, b.units) for b in blocks}, run)
     else:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgemm.errors import InputError
-from edgemm.models._hidden_units import hidden_units
+from edgemm.models._hidden_units import that_run
 from edgemm.pruners._calibration import grams, repair
 from edgemm.pruners._scores import fisher
 from edgemm.recipe import Strict
@@ -73,7 +73,7 @@ def shrinkable(family: ModuleType, model: Any) -> dict[str, Layer]:
     heads = {
         b.name: Layer(b.linears[3], b.heads, b.head_dim, b.keep) for b in family.attentions(model) if b.q and b.heads
     }
-    return heads | {h.name: Layer(h.reads, h.units, h.per, h.keep) for h in hidden_units(model)}
+    return heads | {h.name: Layer(h.reads, h.units, h.per, h.keep) for h in that_run(family, model)}
 
 
 def best(scores: list[float], number: int) -> list[int]:

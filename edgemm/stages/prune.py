@@ -16,7 +16,7 @@ from edgemm.console import log
 from edgemm.data import split
 from edgemm.models import AttentionBlock, find_family, is_torch, read_model, sizes
 from edgemm.models._calibration import Calibration
-from edgemm.models._hidden_units import hidden_units
+from edgemm.models._hidden_units import that_run
 from edgemm.recipe import Recipe
 from edgemm.recovery import check, recover
 from edgemm.report.schema import Layer, Pruning, Units
@@ -44,7 +44,7 @@ def prune(source: Artifact, recipe: Recipe, runs: Path) -> Artifact:
         model = read_model(family, directory)
         before = family.attentions(model)
         size_before, keys_before = measured(family, model)
-        hidden = {h.name: h.units for h in hidden_units(model)}
+        hidden = {h.name: h.units for h in that_run(family, model)}
         calibration, _ = split(recipe, lambda: source.json("program.json"))
         queries = [s.query for s in calibration]
         kept = {name: list(range(n)) for name, n in ({b.name: b.heads for b in before} | hidden).items()}

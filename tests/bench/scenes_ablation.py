@@ -29,14 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "(a)+(b)": {f"{MODEL}.alignment": ["attention"]},
     "(a)+(c)": {f"{MODEL}.alignment": ["graph"]},
     "(a)+(b)+(c)": {f"{MODEL}.alignment": ["attention", "graph"]},
-    "static fusion": {f"{MODEL}.fusion": "static"},
-    "top 16 keys": {f"{MODEL}.top_k": 16},
+    "(a)+(b), static fusion": {f"{MODEL}.fusion": "static"},
+    "(a)+(b), one level of six layers": {f"{MODEL}.levels": [6, 0, 0]},
+    "(a)+(b), top 16 keys": {f"{MODEL}.top_k": 16},
 }
 SHORT = {
-    "train_scenes.scenes": 3_000,
+    "train_scenes.scenes": 6_000,
     "train_scenes.validation_scenes": 400,
-    "train_scenes.alignment_epochs": 4,
-    "train_scenes.reasoning_epochs": 6,
+    "train_scenes.alignment_epochs": 2,
+    "train_scenes.reasoning_epochs": 5,
     "train_scenes.caption_epochs": 0,
     "train_scenes.caption_weight": 0.0,
 }

@@ -6,6 +6,7 @@ import copy
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -443,7 +444,8 @@ def test_a_pattern_that_matches_nothing_is_named_and_nothing_is_cut() -> None:
 
 def test_a_model_without_such_layers_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neurons: the model has no layer"):
-        neurons.prune(reasoner, nn.Linear(2, 2), lambda: None, neurons.Options(keep=0.5))
+        runs_nothing = SimpleNamespace(components=lambda _model: [])
+        neurons.prune(runs_nothing, nn.Linear(2, 2), lambda: None, neurons.Options(keep=0.5))  # type: ignore[arg-type]
     directory = checkpoints.write("resnet", tmp_path)
     family = find_family(directory)
     with pytest.raises(InputError, match="attention_heads: the model has no layer"):
