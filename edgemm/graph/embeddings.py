@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgemm.graph import View, attribute
 
-SMALLEST = 1 << 16  # values; smaller tables are not worth three more nodes
+SMALLEST = 1 << 14  # values; smaller tables are not worth three more nodes
 
 
 def table(node: onnx.NodeProto, view: View) -> NDArray[np.generic] | None:

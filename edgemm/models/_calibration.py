@@ -19,7 +19,7 @@ from edgemm.runtime.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Queries of the train split and the model as it is now; calling it passes them through once."""
+    """Queries of the train split and the model as it is now; calling it passes them through once, past all exits."""
 
     family: ModuleType
     model: Any
@@ -27,7 +27,9 @@ class Calibration:
     queries: Sequence[Query]
 
     def __call__(self) -> Outputs:
-        return open_fp32(self.family, self.model, self.directory).outputs(self.queries)
+        session = open_fp32(self.family, self.model, self.directory)
+        session.exits = {}
+        return session.outputs(self.queries)
 
     def losses(self) -> Iterator[Tensor]:
         """A scalar a sample: its gradient squared is, on average, the curvature of the loss against the model itself.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -92,14 +93,21 @@ def hidden_units(model: nn.Module) -> list[HiddenUnits]:
 
 def that_run(family: ModuleType, model: nn.Module) -> list[HiddenUnits]:
     """Those that a graph of the model runs: a model of several tasks has more."""
-    run = running(family, model)
-    return [hidden for hidden in hidden_units(model) if hidden.makes in run]
+    called = running(family, model)
+    return [hidden for hidden in hidden_units(model) if hidden.makes in called]
 
 
+@torch.inference_mode()
 def running(family: ModuleType, model: nn.Module) -> set[nn.Module]:
-    """All modules of the model's graphs."""
-    parts = [c.module for c in family.components(model)]
-    return {module for part in parts if isinstance(part, nn.Module) for module in part.modules()}
+    """All modules that are called when the model's graphs are."""
+    called: set[nn.Module] = set()
+    handle = register_module_forward_pre_hook(lambda module, _inputs: called.add(module))
+    try:
+        for component in family.components(model):
+            component.module(**component.example(batch=1, small=True))
+    finally:
+        handle.remove()
+    return called
 
 
 def _part(module: nn.Module, path: str) -> Any:

@@ -63,8 +63,8 @@ def prune(
     Raises InputError when the model has no block, a pattern in `layers` matches none, or so many can't go.
     """
     names = [b.name for b in family.attentions(model)] + [h.name for h in that_run(family, model)]
-    run_by_graphs = running(family, model)
-    found = [stack for stack in stacks(model) if run_by_graphs.issuperset(stack.layers)]
+    called = running(family, model)
+    found = [s for s in stacks(model) if all(called.intersection(block.modules()) for block in s.layers)]
     blocks = [Block(f"{s.name}.{i}", s, i) for s in found for i in range(len(s.layers))]
     matched = matching("layers", blocks, options.layers)
     if getattr(getattr(model, "config", None), "use_weighted_layer_sum", False):

@@ -25,7 +25,8 @@ def leave(
     sure = activate(logits, "softmax").max(-1) >= confidence
     if not sure.any():
         return None
+    if sure.all():
+        return {**known, answer: logits}
     made = logits.copy()
-    if not sure.all():
-        made[~sure] = go_on({name: value[~sure] for name, value in known.items()})[answer]
+    made[~sure] = go_on({name: value[~sure] for name, value in known.items()})[answer]
     return {**known, answer: made}

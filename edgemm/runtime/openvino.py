@@ -14,6 +14,7 @@ from edgemm.errors import InputError, ToolchainError
 from edgemm.runtime import cache
 
 Tensors = Mapping[str, Any]
+SMALL = 65_536  # bytes that are copied sooner than handed over, 10 us
 
 
 def compile_component(files: Mapping[str, bytes], component: dict[str, Any], settings: dict[str, Any]) -> Engine:
@@ -90,6 +91,7 @@ class Engine:
         self.kept = {i: (o, Kept(states[i + o])) for i in self.inputs for o in outputs if i + o in states}
         self.computed = [name for name in outputs if name not in {o for o, _ in self.kept.values()}]
         self.bound: dict[str, tuple[Any, NDArray[Any]]] = {}  # what was given, and the memory that the engine reads
+        self.own: dict[str, NDArray[Any]] = {}  # of that, what nobody else reads
         # In the calling thread: handing a call to a stream's thread and back takes longer than a small graph.
         self.run = partial(self.request.infer, share_outputs=True)
 
@@ -100,13 +102,26 @@ class Engine:
                 if value is not self.kept[name][1]:
                     self.kept[name][1].state.state = self.tensor(np.ascontiguousarray(value))
             elif name not in self.bound or value is not self.bound[name][0]:
-                # A view may be one of this engine's own buffers, which it writes to.
-                held = np.ascontiguousarray(value) if value.base is None else np.array(value, order="C")
-                self.bound[name] = value, held
-                self.request.set_tensor(name, self.tensor(held, shared_memory=True))
+                self._bind(name, value)
         self.run()
         computed = {name: self.request.get_tensor(name).data for name in self.computed}
         return computed | dict(self.kept.values())
+
+    def _bind(self, name: str, value: NDArray[Any]) -> None:
+        """Let the graph read `value`: of a small one a copy, in the memory that it reads already."""
+        held = self.own.get(name)
+        if held is not None and held.shape == value.shape and held.dtype == value.dtype:
+            np.copyto(held, value)
+        else:
+            small = value.nbytes <= SMALL
+            # A view may be one of this engine's own buffers, which it writes to.
+            copied = small or value.base is not None
+            held = np.array(value, order="C") if copied else np.ascontiguousarray(value)
+            self.request.set_tensor(name, self.tensor(held, shared_memory=True))
+            self.own.pop(name, None)
+            if small:
+                self.own[name] = held
+        self.bound[name] = value, held
 
     def another(self) -> Engine:
         return Engine(self.compiled, self.component, self.tensor)

@@ -176,6 +176,14 @@ def test_blocks_are_filled_up_to_a_multiple_by_the_best_that_would_go(multiple: 
     assert logits(model).isfinite().all()
 
 
+def test_every_block_can_keep_the_same_share_of_its_own() -> None:
+    model = tiny()
+    changes = cut(model, keep=0.25, each=True)
+    assert any(len(units) != len(scores) // 4 for scores, units in cut(tiny(), keep=0.25).values())
+    for scores, units in changes.values():
+        assert units == sorted(sorted(range(len(scores)), key=lambda u: -scores[u])[: len(scores) // 4])
+
+
 HEADS = {"keep": 0.5}
 UNITS = {"keep": 0.4}
 
