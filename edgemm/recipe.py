@@ -193,6 +193,25 @@ class TrainPainter(Strict):
     model: dict[str, Any] = {}
 
 
+class TrainWatcher(Strict):
+    """Training of the watcher of clips; see edgemm/reasoner/watcher_train.py.
+
+    clips, validation_clips  to learn from, and of the test split to judge by
+    frame_*, clip_*          of what sees single frames, and of memory and answers
+    """
+
+    threads: int = Field(1, ge=1)
+    clips: int = Field(4_000, ge=8)
+    validation_clips: int = Field(200, ge=2)
+    frame_batch: int = Field(32, ge=2)
+    clip_batch: int = Field(24, ge=2)
+    frame_epochs: int = Field(2, ge=1)
+    clip_epochs: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    bf16: bool = Field(True, description="of the frame encoder in training")
+    model: dict[str, Any] = {}
+
+
 class Recover(Strict):
     """A short distillation from the FP32 model after the passes of `prune`; see edgemm/recovery.py.
 
@@ -256,6 +275,7 @@ class Recipe(Strict):
     train: Train | None = None
     train_scenes: TrainScenes | None = None
     train_painter: TrainPainter | None = None
+    train_watcher: TrainWatcher | None = None
     smoke: dict[str, Any] = Field({}, description="what `train --smoke` overrides, by dotted path")
 
 

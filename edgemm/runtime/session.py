@@ -26,6 +26,7 @@ from edgemm.runtime.media import Media
 from edgemm.runtime.pictures import codes_of, uri
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Answer, Array, Call, Encoded, Outputs, Query, Tensors, answer_of, query_of
+from edgemm.runtime.recurrence import read_chunks
 
 MAX_BATCH = 16
 
@@ -155,7 +156,11 @@ class Session:
         known, left_out = dict(tensors), {self.decoder, *(self.components.joint if alone else ())}
         for name, component in self.components.items():
             inputs, outputs = ({port["name"] for port in component.spec[side]} for side in ("inputs", "outputs"))
+            inputs -= set(component.spec["state"] or ())
             if name not in left_out and inputs <= known.keys() and not outputs <= known.keys():
+                if component.spec["state"]:
+                    known.update(read_chunks(component, known, self.observe))
+                    continue
                 if self.observe:
                     self.observe(name, {n: known[n] for n in inputs})
                 known.update(component(known))

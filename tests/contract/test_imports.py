@@ -27,7 +27,7 @@ from edgemm.plugins import PACKAGE, names, plugin
 CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host", "yaml_files")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
 # families of what edgemm/reasoner/ has
-TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs", "scenes_painter")
+TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs", "scenes_painter", "scenes_watcher")
 FRAMEWORKS = (
     "torch",
     "transformers",

@@ -1,0 +1,218 @@
+"""Training of the watcher on drawn clips: first what stands where in a frame, then memory and answers on frozen frames.
+
+Stage 1, frames, teaches the frame encoder what stands in each cell of single frames; stage 2, clips, everything else
+on the tokens of stage 1, which are made once. Beside the answers the memory learns to tell, after each chunk, what is
+there, what moves, what has come, gone and been moved onto.
+
+Every epoch seeds itself from (seed, stage, epoch), so a run that was killed continues bit for bit.
+
+Axes: N clips, F frames, P cells, W words, Q names.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgemm.artifact import write_atomic
+from edgemm.console import log, progress
+from edgemm.reasoner.reel import Reel
+from edgemm.reasoner.scenes_train import WARM_UP, batches
+from edgemm.reasoner.watcher import Watcher, WatcherConfig
+from edgemm.recipe import TrainWatcher
+
+STAGES = ("frames", "clips")
+STILLS = 6  # frames of a clip that stage 1 learns from
+AT_ONCE = 32  # clips
+RARE = 8.0  # how much what is there counts beside what isn't: little of what could be is
+TOLD = 0.5  # weight of what the memory tells, beside that of the answers, which is 1
+ASKED = 1  # questions after each chunk of each clip
+GOES_ON = 0.5  # share of clips that are shown after others, at any time up to LATEST
+LATEST = 1_250.0  # seconds
+
+
+def train_watcher(world: ModuleType, recipe: TrainWatcher, seed: int, out: Path) -> tuple[Watcher, Tokenizer]:
+    """Train on clips that `world` makes; `out` gets checkpoint.pt after each epoch and log.csv; a second call resumes.
+
+    log.csv has the shares of held-out clips' questions that are answered right, by kind of question.
+    Raises InputError for data that makes no clips.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(seed)
+    reel = Reel.build(world, recipe.clips, recipe.validation_clips, seed)
+    known = {"answers": reel.answers, "names": reel.names, "words": reel.words}
+    sizes = {"vocab_size": reel.tokenizer.get_vocab_size(), "image_size": reel.frames(0).shape[2]}
+    model = Watcher(WatcherConfig.from_dict({**sizes, **recipe.model, **known}))
+    run = _Run(model, reel, recipe, seed, out)
+    run.stage("frames", recipe.frame_epochs)
+    run.stage("clips", recipe.clip_epochs)
+    return model.eval(), reel.tokenizer
+
+
+class _Run:
+    """Both stages over one model, with a checkpoint after every epoch."""
+
+    def __init__(self, model: Watcher, reel: Reel, recipe: TrainWatcher, seed: int, out: Path) -> None:
+        self.model, self.reel, self.recipe, self.seed, self.out = model, reel, recipe, seed, out
+        self.tokens = self.cells = self.told = self.stills = self.grids = torch.zeros(0)
+        self.left = torch.zeros(0)  # what the clips before left in the memory
+        self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
+        if self.checkpoint is None:
+            with (out / "log.csv").open("w", newline="") as f:
+                csv.writer(f).writerow(["stage", "epoch", "seconds", "loss", "accuracy"])
+        else:
+            model.load_state_dict(self.checkpoint["model"])
+
+    def stage(self, name: str, epochs: int) -> None:
+        kept = self.checkpoint
+        if kept and STAGES.index(kept["stage"]) > STAGES.index(name):
+            return
+        if name == "clips":
+            self.model.frame_encoder.requires_grad_(requires_grad=False)
+        learned = self.model.frame_encoder if name == "frames" else self.model
+        rate = self.recipe.learning_rate
+        optimizer = torch.optim.AdamW([p for p in learned.parameters() if p.requires_grad], rate, weight_decay=0.02)
+        first = 0
+        if kept and kept["stage"] == name:
+            first = kept["epoch"] + 1
+            optimizer.load_state_dict(kept["optimizer"])
+            log(f"resume {name} after epoch {first}")
+        if first < epochs:
+            self.draw_stills() if name == "frames" else self.draw_clips()
+        for epoch in range(first, epochs):
+            begin = time.monotonic()
+            loss = self.epoch(name, epoch, epochs, optimizer)
+            right = validate(self.model.eval(), self.reel) if name == "clips" else {}
+            seconds = time.monotonic() - begin
+            kinds = " ".join(f"{kind} {share:.4f}" for kind, share in right.items())
+            log(f"{name} epoch {epoch + 1}/{epochs}: loss {loss:.4f} {kinds}, {seconds:.0f} s")
+            state, parts = io.BytesIO(), {"model": self.model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"stage": name, "epoch": epoch, **parts}, state)
+            write_atomic(self.out / "checkpoint.pt", state.getvalue())
+            with (self.out / "log.csv").open("a", newline="") as f:
+                row = [name, epoch + 1, f"{seconds:.0f}", f"{loss:.5f}", kinds]
+                csv.writer(f).writerow(row)
+        self.stills = self.grids = torch.zeros(0)
+
+    def epoch(self, stage: str, epoch: int, epochs: int, optimizer: torch.optim.Optimizer) -> float:
+        recipe = self.recipe
+        rng = random.Random(f"{self.seed} {stage} {epoch}")
+        torch.manual_seed(rng.getrandbits(63))
+        self.model.train()
+        self.left = torch.zeros(0)
+        index = list(range(len(self.stills))) if stage == "frames" else self.reel.training
+        size = recipe.frame_batch if stage == "frames" else recipe.clip_batch
+        parts = [part for part in batches(rng.sample(index, len(index)), size) if len(part) > 1]
+        if stage == "clips":
+            self.model.frame_encoder.eval()
+        steps, total = epochs * len(parts), 0.0
+        for step, part in enumerate(progress(parts, f"{stage} {epoch + 1}/{epochs}"), epoch * len(parts)):
+            rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * rate
+            loss = self.seen(part) if stage == "frames" else self.answered(part, f"{stage} {epoch}")
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.item()
+        return total / len(parts)
+
+    def draw_stills(self) -> None:
+        """STILLS frames of each clip, bytes, and what stands in their cells."""
+        reel, rng = self.reel, random.Random(f"{self.seed} stills")
+        stills, grids = [], []
+        for i in reel.training:
+            drawn = reel.world.frames(reel.clips[i])
+            for frame in rng.sample(range(len(drawn)), STILLS):
+                stills.append(drawn[frame])
+                grids.append(reel.grid(i, frame, self.model.config.side))
+        self.stills, self.grids = torch.from_numpy(np.stack(stills)).permute(0, 3, 1, 2), torch.stack(grids).bool()
+
+    def draw_clips(self) -> None:
+        """What is kept of each clip's frames, and what the memory is to tell after each chunk."""
+        reel = self.reel
+        self.tokens, self.cells = tokens_of(self.model.eval(), reel, reel.training)
+        chunks = [(int(at[0]), int(at[-1])) for at in self.model.chunks(self.tokens.shape[1])]
+        told = [torch.stack([reel.told(i, stop, start) for start, stop in chunks]) for i in reel.training]
+        self.told = torch.stack(told).bool()
+
+    def seen(self, part: list[int]) -> Tensor:
+        """How far what the frame encoder tells of each cell is from what stands there."""
+        right = self.grids[part].float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            encoder = self.model.frame_encoder
+            grid = encoder(self.stills[part].float() / 127.5 - 1)
+            told = encoder.there(grid).float(), encoder.what(grid).float()
+        there = right[..., :1]
+        weight = 1 + (RARE - 1) * there
+        where = F.binary_cross_entropy_with_logits(told[0], there, weight)
+        what = F.binary_cross_entropy_with_logits(told[1], right[..., 1:], reduction="none").mean(-1, True)
+        return where + (what * there).sum() / there.sum().clamp(min=1)
+
+    def answered(self, part: list[int], key: str) -> Tensor:
+        """How unlikely the right answers are, and what the memory tells wrongly after each chunk."""
+        model, reel, rng = self.model, self.reel, random.Random(f"{self.seed} {key} {part}")
+        tokens, cells, told = self.tokens[part].float(), self.cells[part].long(), self.told[part].float()
+        goes_on = torch.rand(len(part)) < (GOES_ON if len(self.left) else 0.0)
+        begin = goes_on * LATEST * torch.rand(len(part))
+        times = begin[:, None] + torch.arange(tokens.shape[1]) / reel.fps
+        state, wrong = model.empty(len(part)), torch.zeros(())
+        if len(self.left):
+            before = self.left[torch.randint(len(self.left), [len(part)])]
+            state = torch.where(goes_on[:, None, None], before, state)
+        states, asked = [], []
+        for k, at in enumerate(model.chunks(tokens.shape[1])):
+            state = model.remember(tokens[:, at], cells[:, at], times[:, at], state)
+            logits = model.told(state)
+            weight = 1 + (RARE - 1) * told[:, k]
+            wrong = wrong + F.binary_cross_entropy_with_logits(logits, told[:, k], weight)
+            states.append(state)
+            asked += [reel.drawn(i, int(at[-1]), rng) for i in part for _ in range(ASKED)]
+        self.left = state.detach()
+        ids, mask = reel.encode([q.text for q in asked])
+        right = torch.tensor([reel.answers.index(q.answer) for q in asked])
+        seen = torch.cat(states).repeat_interleave(ASKED, 0)
+        logits = model.read(model.text_encoder(ids, mask), mask, seen)
+        return F.cross_entropy(logits, right) + TOLD * wrong
+
+
+@torch.inference_mode()
+def tokens_of(model: Watcher, reel: Reel, index: list[int]) -> tuple[Tensor, Tensor]:
+    """What is kept of clips' frames: tokens float16[N,F,K,C] and their cells uint8[N,F,K]."""
+    made = []
+    for part in progress(batches(index, AT_ONCE), "frames of clips"):
+        tokens, cells = model.encode(torch.stack([reel.frames(i) for i in part]))
+        made.append((tokens.half(), cells.byte()))
+    tokens, cells = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return tokens, cells
+
+
+@torch.inference_mode()
+def validate(model: Watcher, reel: Reel) -> dict[str, float]:
+    """Share of the held-out clips' questions that are answered right: "all", and by kind."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for part in batches(reel.validation, AT_ONCE):
+        frames = torch.stack([reel.frames(i) for i in part])
+        times = (torch.arange(frames.shape[1]) / reel.fps).expand(len(part), -1)
+        state = model.see(frames, times)
+        asked = [(at, q) for at, i in enumerate(part) for q in reel.questions(i, "validation")]
+        ids, mask = reel.encode([q.text for _, q in asked])
+        logits = model.read(model.text_encoder(ids, mask), mask, state[torch.tensor([at for at, _ in asked])])
+        for (_, question), best in zip(asked, logits.argmax(1).tolist(), strict=True):
+            for kind in ("all", question.kind):
+                right[kind].append(reel.answers[best] == question.answer)
+    return {kind: float(np.mean(values)) for kind, values in right.items()}

@@ -1,0 +1,352 @@
+"""The watcher: resampler and memory against plain references, long videos, its graphs, its training, edgemm watch."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from edgemm.data import easy_vqa, scenes
+from edgemm.errors import InputError
+from edgemm.models import _graph, find_family, open_fp32, read_model, scenes_watcher, whole_program
+from edgemm.reasoner import watcher_train as training
+from edgemm.reasoner.memory import Look, RecurrentMemory, Resampler
+from edgemm.reasoner.reel import Reel
+from edgemm.reasoner.watcher import STATUSES, Watcher, WatcherConfig
+from edgemm.reasoner.watcher_train import train_watcher
+from edgemm.recipe import TrainWatcher
+from edgemm.runtime.program import ComponentSpec
+from edgemm.runtime.session import Session, open_directory
+from edgemm.runtime.watching import Watch, frames_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL: dict[str, Any] = {"width": 32, "text_layers": 1, "channels": 8, "latents": 3, "slots": 5, "readers": 1}
+QUESTION = "is there a red circle at the end?"
+
+
+@pytest.fixture(scope="module")
+def reel() -> Reel:
+    return Reel.build(scenes, 20, 6, seed=1)
+
+
+@pytest.fixture(scope="module")
+def model(reel: Reel) -> Watcher:
+    torch.manual_seed(0)
+    config = WatcherConfig(reel.answers, reel.names, reel.words, reel.tokenizer.get_vocab_size(), **SMALL)
+    made = Watcher(config).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+@pytest.fixture(scope="module")
+def directory(reel: Reel, model: Watcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("watcher")
+    (source / "tokenizer.json").write_text(reel.tokenizer.to_str(), encoding="utf-8")
+    scenes_watcher.save(model, source / "model", source)
+    return source / "model"
+
+
+@pytest.fixture(scope="module")
+def graphs(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    out = tmp_path_factory.mktemp("graphs")
+    family = find_family(directory)
+    model = read_model(family, directory)
+    for component in family.components(model):
+        _graph.onnx_export(component, out / f"{component.name}.onnx", 18)
+    (out / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    program = whole_program(family, model, directory)
+    (out / "program.json").write_text(json.dumps({**program, "backend": "onnxruntime", "settings": {"threads": 1}}))
+    return open_directory(out)
+
+
+def video(frames: int) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    rng = np.random.default_rng(0)
+    return list(rng.integers(0, 256, (frames, 64, 64, 3), np.uint8))
+
+
+def test_a_look_is_attention_and_a_step_by_hand() -> None:
+    torch.manual_seed(0)
+    look, queries, keys = Look(8, 2, 2), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    own = look.attention
+    q, k, v = own.q_proj(look.query_norm(queries)), own.k_proj(look.key_norm(keys)), own.v_proj(look.key_norm(keys))
+    rows = []
+    for n in range(2):
+        heads = []
+        for h in (slice(0, 4), slice(4, 8)):
+            heads.append((q[n, :, h] @ k[n, :, h].T / 2).softmax(-1) @ v[n, :, h])
+        rows.append(own.o_proj(torch.cat(heads, -1)))
+    expected = queries + torch.stack(rows)
+    expected = expected + look.fc2(F.gelu(look.fc1(look.ffn_norm(expected))))
+    assert torch.allclose(look(queries, keys), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_latents_are_as_many_whatever_the_length(tokens: int) -> None:
+    resampler = Resampler(8, 2, 2, latents=3, layers=2)
+    latents = resampler(torch.randn(2, tokens, 8), torch.zeros(2, tokens))
+    assert latents.shape == (2, 3, 8)
+
+
+def test_what_does_not_count_is_not_looked_at() -> None:
+    resampler, tokens = Resampler(8, 2, 2, latents=3, layers=2), torch.randn(2, 6, 8)
+    counts = torch.tensor([0.0, -1e4, 0.0, -1e4, -1e4, 0.0]).expand(2, -1)
+    kept = counts[0] == 0
+    assert torch.allclose(resampler(tokens, counts), resampler(tokens[:, kept], counts[:, kept]), atol=1e-5)
+
+
+def test_the_gate_goes_between_what_was_and_what_is_new() -> None:
+    torch.manual_seed(0)
+    memory, latents, state = RecurrentMemory(8, 2, 2, slots=4), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    with torch.no_grad():
+        memory.gate.weight.zero_()
+        memory.gate.bias.fill_(-50)
+        assert torch.allclose(memory(state, latents), state, atol=1e-5)
+        memory.gate.bias.fill_(50)
+        slots = memory.start + state
+        new = memory.norm(memory.look(slots, torch.cat([slots, latents], 1)))
+        assert torch.allclose(memory.slots(memory(state, latents)), new, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher) -> None:
+    frames, times = torch.randn(2, 4, 3, 64, 64), torch.arange(4).expand(2, -1) / 8
+    grids = model.frame_encoder.grid(frames.flatten(0, 1)).unflatten(0, (2, 4))
+    tokens: list[list[Any]] = [[], []]
+    counts: list[list[Any]] = [[], []]
+    for n in range(2):
+        for f in range(4):
+            cells = [(float(model.frame_encoder.there(grids[n, f, :, y, x])), y, x) for y in range(8) for x in range(8)]
+            for there, y, x in sorted(cells)[-model.config.cells :]:
+                moment = model.moment(training_signal(f / 8, model.config.width))
+                tokens[n].append(model.project(grids[n, f, :, y, x]) + model.place.weight[8 * y + x] + moment)
+                counts[n].append(np.log(1 / (1 + np.exp(-there))))
+    latents = model.resampler(torch.stack([torch.stack(t) for t in tokens]), torch.tensor(counts).float())
+    expected = model.memory(model.empty(2), latents)
+    assert torch.allclose(model.see(frames, times), expected, atol=1e-5)
+
+
+def training_signal(seconds: float, width: int) -> torch.Tensor:
+    periods = [0.1 * 10_000 ** (i / (width // 2 - 1)) for i in range(width // 2)]
+    angles = torch.tensor([2 * np.pi * seconds / p for p in periods])
+    return torch.cat([angles.sin(), angles.cos()])
+
+
+def test_chunks_are_seen_one_after_the_other_and_the_last_is_filled_up(model: Watcher) -> None:
+    frames, times = torch.randn(1, 10, 3, 64, 64), torch.arange(10)[None] / 8
+    state = model.empty(1)
+    for at in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]):
+        state = model.watch(frames[:, at], times[:, at], state)
+    assert torch.equal(model.see(frames, times), state)
+
+
+def test_padding_of_a_question_counts_for_nothing(model: Watcher, reel: Reel) -> None:
+    state = model.see(torch.randn(1, 4, 3, 64, 64), torch.arange(4)[None] / 8)
+    ids, mask = reel.encode([QUESTION, "has the red circle just moved onto the blue square?"])
+    assert not bool(mask.all())
+    both = model.read(model.text_encoder(ids, mask), mask, state.expand(2, -1, -1))
+    ids, mask = reel.encode([QUESTION])
+    assert torch.allclose(model.read(model.text_encoder(ids, mask), mask, state), both[:1], atol=1e-4)
+
+
+def test_what_the_memory_is_taught_is_what_happens(reel: Reel) -> None:
+    for i, clip in enumerate(reel.clips[:6]):
+        told = dict(zip(STATUSES, reel.told(i, 15, 12), strict=True))
+        there = {t.name for t, track in zip(clip.things, clip.tracks, strict=True) if track[15]}
+        assert {n for n, x in zip(reel.names, told["there"], strict=True) if x} == there
+        for status, kind in (("came", "appears"), ("went", "vanishes"), ("moved onto another", "onto")):
+            names = {e.subject for e in clip.events if e.kind == kind}
+            assert {n for n, x in zip(reel.names, told[status], strict=True) if x} == names
+        grid = reel.grid(i, 0, 8)
+        assert grid[:, 0].sum() == sum(track[0] is not None for track in clip.tracks)
+
+
+def test_graphs_watch_and_answer_as_the_model(model: Watcher, directory: Path, graphs: Session, reel: Reel) -> None:
+    shown = video(10)
+    frames = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
+    ids, mask = reel.encode([QUESTION])
+    expected = model(frames, torch.arange(10)[None] / 8, ids, mask)[0].detach().numpy()
+    for session in (graphs, open_fp32(scenes_watcher, model, directory)):
+        watch = Watch(session)
+        watch.see(iter(shown), fps=8)
+        answer = watch.ask(QUESTION)
+        assert watch.frames == 10
+        assert np.allclose(answer.outputs["logits"], expected, atol=1e-4)
+        assert answer.answer == reel.answers[int(expected.argmax())]
+
+
+@pytest.mark.parametrize("frames", [3, 4, 10])
+def test_a_session_takes_a_whole_clip_by_the_same_way(graphs: Session, frames: int) -> None:
+    shown, met = video(frames), []
+    watch = Watch(graphs)
+    watch.see(shown, fps=8)
+    pixels = np.stack(shown).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    clip = {"frames": pixels, "times": np.arange(frames, dtype=np.float32) / 8}
+    graphs.observe = lambda name, given: met.append((name, given))
+    answer = graphs.run(text=QUESTION, tensors=clip)
+    graphs.observe = None
+    assert np.array_equal(answer.outputs["logits"], watch.ask(QUESTION).outputs["logits"])
+    chunks = [given for name, given in met if name == "watch"]
+    assert len(chunks) == -(-frames // 4)
+    assert all(given["frames"].shape == (1, 4, 3, 64, 64) for given in chunks)
+    assert not chunks[0]["state"].any()
+
+
+def test_inputs_of_other_lengths_are_refused(graphs: Session) -> None:
+    for frames, times in ((4, 5), (0, 0)):
+        clip = {"frames": np.zeros((frames, 3, 64, 64), np.float32), "times": np.zeros(times, np.float32)}
+        with pytest.raises(InputError, match=f"there are {frames} of frames, {times} of times"):
+            graphs.run(text=QUESTION, tensors=clip)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"state": ["state", "logits"]}, "state and logits are no input and output"),
+        ({"state": ["before", "seen"]}, "before and seen are no input and output"),
+        ({"outputs": [{"name": "seen", "dtype": "float32", "shape": ["batch", 5, 31]}]}, "of one fixed shape"),
+        ({"state": ["frames", "seen"]}, "of one fixed shape"),
+    ],
+)
+def test_a_state_that_does_not_go_round_is_refused(graphs: Session, change: dict[str, Any], told: str) -> None:
+    component = {**graphs.program["components"][0], **change}
+    with pytest.raises(ValueError, match=told):
+        ComponentSpec.model_validate(component)
+
+
+def test_chunks_of_two_sizes_are_refused(graphs: Session) -> None:
+    component = graphs.program["components"][0]
+    frames, times, state = component["inputs"]
+    for shape in (["batch", 5], ["batch"], ["batch", "chunk"]):
+        with pytest.raises(ValueError, match="no chunks of one fixed size"):
+            ComponentSpec.model_validate({**component, "inputs": [frames, {**times, "shape": shape}, state]})
+
+
+def test_the_scenes_to_watch_are_those_that_are_written() -> None:
+    rows = scenes.watched("train")
+    assert len(rows) == 300
+    drawn = list(islice(scenes.clips("train", 0), 2))
+    rng = random.Random("clip questions train 0")
+    assert [(r.text, r.label) for r in rows[:6]] == [
+        (q.text, q.answer) for clip in drawn for q in scenes.clip_questions(clip, rng)
+    ]
+    pixels = (rows[3].tensors["frames"] + 1) * 127.5
+    assert np.array_equal(pixels.round().astype(np.uint8).transpose(0, 2, 3, 1), scenes.frames(drawn[1]))
+    assert rows[3].tensors["times"].tolist() == [i / 8 for i in range(16)]
+    assert [r.group for r in rows[:6]] == ["train-clip-00000"] * 3 + ["train-clip-00001"] * 3
+
+
+def test_seen_in_parts_is_seen_at_once(graphs: Session) -> None:
+    shown, whole, parts = video(12), Watch(graphs), Watch(graphs)
+    whole.see(shown, fps=8)
+    parts.see(shown[:4], fps=8)
+    parts.ask(QUESTION)
+    parts.see(shown[4:], fps=8)
+    assert np.array_equal(whole.state, parts.state)
+
+
+def test_a_long_video_leaves_a_memory_of_the_same_size_and_no_overflow(model: Watcher) -> None:
+    torch.manual_seed(0)
+    state, tokens = model.empty(1), torch.randn(7, 1, 4, 8, model.config.channels) * 3
+    cells = torch.randint(64, (7, 1, 4, 8))
+    largest = []
+    with torch.inference_mode():
+        for chunk in range(2500):  # 10,000 frames
+            times = (torch.arange(4)[None] + 4 * chunk) / 8
+            state = model.remember(tokens[chunk % 7], cells[chunk % 7], times, state)
+            largest.append(float(state.abs().max()))
+    assert state.shape == (1, model.config.slots, model.config.width)
+    assert max(largest[-100:]) <= 2 * max(largest[:100])
+
+
+def test_what_is_no_video_is_refused(graphs: Session, directory: Path, tmp_path: Path) -> None:
+    watch = Watch(graphs)
+    with pytest.raises(InputError, match="nothing was seen yet"):
+        watch.ask(QUESTION)
+    with pytest.raises(InputError, match=r"a frame is uint8\[32, 32, 3\]"):
+        watch.see([np.zeros((32, 32, 3), np.uint8)], fps=8)
+    with pytest.raises(InputError, match="0 frames a second"):
+        watch.see(video(1), fps=0)
+    with pytest.raises(InputError, match="has no images"):
+        list(frames_of(tmp_path, 64))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"a\.png can't be read"):
+        list(frames_of(tmp_path, 64))
+
+
+def test_frames_of_a_directory_come_in_the_order_of_names_and_of_one_size(tmp_path: Path) -> None:
+    for i in (2, 0, 1):
+        Image.new("RGB", (64, 64) if i else (20, 30), (i, i, i)).save(tmp_path / f"{i:03}.png")
+    made = list(frames_of(tmp_path, 64))
+    assert [int(f.mean()) for f in made] == [0, 1, 2]
+    assert all(f.shape == (64, 64, 3) for f in made)
+
+
+def test_frames_stand_one_below_the_other_in_the_files_of_clips(tmp_path: Path) -> None:
+    clip = scenes.frames(next(scenes.clips("test", 0)))
+    (tmp_path / "clip.png").write_bytes(scenes.png(clip.reshape(-1, 64, 3)))
+    assert np.array_equal(np.stack(list(frames_of(tmp_path / "clip.png", 64))), clip)
+    assert next(iter(frames_of(tmp_path / "clip.png", 32))).shape == (32, 32, 3)
+    Image.new("RGB", (64, 100)).save(tmp_path / "odd.png")
+    with pytest.raises(InputError, match="100 rows of pixels, 64 wide, are no square frames"):
+        list(frames_of(tmp_path / "odd.png", 64))
+    with pytest.raises(InputError, match=r"absent\.png can't be read"):
+        list(frames_of(tmp_path / "absent.png", 64))
+
+
+def recipe(**changes: Any) -> TrainWatcher:
+    sizes = {"clips": 8, "validation_clips": 4, "frame_epochs": 1, "clip_epochs": 2, "clip_batch": 4}
+    return TrainWatcher.model_validate({**sizes, "bf16": False, "model": SMALL, **changes})
+
+
+def test_training_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = train_watcher(scenes, recipe(), 0, tmp_path / "a")
+    answered = training._Run.answered
+    calls = []
+
+    def dies(run: Any, part: list[int], key: str) -> Any:
+        calls.append(part)
+        if len(calls) == 3:  # in the second epoch of clips
+            raise KeyboardInterrupt
+        return answered(run, part, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "answered", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_watcher(scenes, recipe(), 0, tmp_path / "b")
+    again, _ = train_watcher(scenes, recipe(), 0, tmp_path / "b")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_what_is_asked_by_a_frame_is_what_the_clip_has_shown_by_then() -> None:
+    for clip in islice(scenes.clips("train", 3), 40):
+        asked = {q.text: q.answer for q in scenes.questions_by(clip, 15)}
+        for question in scenes.clip_questions(clip, random.Random(0)):
+            assert asked[question.text] == question.answer
+        guest, change = clip.things[0], next(e for e in clip.events if e.kind in ("appears", "vanishes"))
+        for frame in range(16):
+            by_then = {q.text: q.answer for q in scenes.questions_by(clip, frame)}
+            there = (frame >= change.frame) == (change.kind == "appears")
+            assert by_then[f"is there a {guest.name} at the end?"] == ("yes" if there else "no")
+            others = [e for e in clip.events if e is not change and e.frame <= frame]
+            assert sum(" before " in text for text in by_then) == (len(others) if change.frame <= frame else 0)
+
+
+def test_questions_hang_on_the_key_alone(reel: Reel) -> None:
+    assert reel.questions(3, "a") == reel.questions(3, "a")
+    assert reel.questions(3, "a") == scenes.clip_questions(reel.clips[3], random.Random("1 a 3"))
+
+
+def test_data_without_clips_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="easy_vqa has no clips"):
+        train_watcher(easy_vqa, recipe(), 0, tmp_path)
