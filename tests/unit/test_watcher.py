@@ -14,19 +14,28 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+from edgemm.cli import build_app
 from edgemm.data import easy_vqa, scenes
 from edgemm.errors import InputError
-from edgemm.models import _graph, find_family, open_fp32, read_model, scenes_watcher, whole_program
+from edgemm.models import EMBEDDED, _graph, find_family, open_fp32, read_model, reasoner, scenes_watcher, whole_program
 from edgemm.reasoner import watcher_train as training
 from edgemm.reasoner.memory import Look, RecurrentMemory, Resampler
 from edgemm.reasoner.reel import Reel
 from edgemm.reasoner.watcher import STATUSES, Watcher, WatcherConfig
 from edgemm.reasoner.watcher_train import train_watcher
 from edgemm.recipe import TrainWatcher
+from edgemm.report.bom import bill_of_materials
+from edgemm.runtime.bundle import write_bundle
 from edgemm.runtime.program import ComponentSpec
+from edgemm.runtime.serving.model import Model
+from edgemm.runtime.serving.options import Options
 from edgemm.runtime.session import Session, open_directory
 from edgemm.runtime.watching import Watch, frames_of
+from edgemm.target import Target
+from edgemm.triton import write_repository
+from tests.bundles import RECIPE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {"width": 32, "text_layers": 1, "channels": 8, "latents": 3, "slots": 5, "readers": 1}
@@ -67,6 +76,27 @@ def graphs(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Session
     program = whole_program(family, model, directory)
     (out / "program.json").write_text(json.dumps({**program, "backend": "onnxruntime", "settings": {"threads": 1}}))
     return open_directory(out)
+
+
+@pytest.fixture(scope="module")
+def bundle(graphs: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = [*(f"{name}.onnx" for name in graphs.components), "tokenizer.json"]
+    files = {name: graphs.files[name] for name in names}
+    provenance = {
+        "engine": "0" * 64,
+        "source": "1" * 64,
+        "data": "2" * 64,
+        "recipe": RECIPE.model_dump(mode="json", by_alias=True),
+        "target": Target(name="box", backend="onnxruntime").model_dump(mode="json", by_alias=True),
+        "versions": {"edgemm": "3" * 16},
+    }
+    certificate = {"verdict": "PASS", "accuracy": []}
+    named = {"version": 1, "model": "watcher", "target": "box", "certificate": certificate}
+    manifest = {**named, "program": graphs.program, "provenance": provenance}
+    files["bom.cdx.json"] = bill_of_materials(manifest, files)
+    path = tmp_path_factory.mktemp("bundle") / "watcher.edgemm"
+    path.write_bytes(write_bundle(manifest, files))
+    return path
 
 
 def video(frames: int) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
@@ -266,6 +296,35 @@ def test_a_long_video_leaves_a_memory_of_the_same_size_and_no_overflow(model: Wa
             largest.append(float(state.abs().max()))
     assert state.shape == (1, model.config.slots, model.config.width)
     assert max(largest[-100:]) <= 2 * max(largest[:100])
+
+
+def test_edgemm_watch_answers_each_question_as_the_session_does(bundle: Path, graphs: Session, tmp_path: Path) -> None:
+    clip = scenes.frames(next(scenes.clips("test", 0)))
+    (tmp_path / "clip.png").write_bytes(scenes.png(clip.reshape(-1, 64, 3)))
+    watch, other = Watch(graphs), "is there a blue square at the end?"
+    watch.see(clip, fps=4)
+    asked = ["--text", QUESTION, "--text", other, "--fps", "4"]
+    shown = CliRunner().invoke(build_app(), ["watch", str(bundle), str(tmp_path / "clip.png"), *asked, "--json"])
+    assert shown.exit_code == 0, shown.output
+    expected = [{"text": text, **watch.ask(text).as_json("labels")} for text in (QUESTION, other)]
+    assert json.loads(shown.stdout) == {"frames": 16, "answers": expected}
+    told = CliRunner().invoke(build_app(), ["watch", str(bundle), str(tmp_path / "none.png"), "--text", QUESTION])
+    assert told.exit_code == 2
+    told = CliRunner().invoke(build_app(), ["watch", str(bundle), str(tmp_path / "clip.png")])
+    assert told.exit_code == 2
+
+
+def test_what_watches_is_neither_served_nor_made_an_ensemble(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="watches, which is not served"):
+        Model(bundle, Options())
+    with pytest.raises(InputError, match="has a memory"):
+        write_repository(bundle, tmp_path / "r", None, None)
+
+
+def test_a_model_that_does_not_watch_is_refused() -> None:
+    session = open_fp32(reasoner, read_model(reasoner, EMBEDDED["reasoner"]), EMBEDDED["reasoner"])
+    with pytest.raises(InputError, match="watches no video"):
+        Watch(session)
 
 
 def test_what_is_no_video_is_refused(graphs: Session, directory: Path, tmp_path: Path) -> None:
