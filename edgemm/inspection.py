@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from edgemm.report.schema import Certificate
 from edgemm.runtime.bundle import read_bundle
 from edgemm.runtime.program import Program
 from edgemm.runtime.session import Session
+from edgemm.scorecard import TASKS, Row, scorecard
 
 TOOLS = (
     "torch",
@@ -54,8 +57,9 @@ def inspect(model: str) -> dict[str, Any]:
             "certificate": certificate.model_dump(mode="json", exclude_unset=True),
             "files": manifest["files"],
         }
-    from edgemm.models import find_family, is_torch, read_model, resolve, sizes, whole_program
+    from edgemm.models import find_family, is_torch, read_model, sizes, whole_program
     from edgemm.models._hidden_units import hidden_units
+    from edgemm.models._sources import resolve
 
     with tempfile.TemporaryDirectory() as runs:
         directory = resolve(model, runs=Path(runs))
@@ -85,7 +89,8 @@ def link_map(model: str, data: str | None) -> dict[str, Any]:
     heads  a number a head; `fused` are layers whose heads can't be told apart, since their q, k and v are one matrix
     """
     from edgemm.data import split
-    from edgemm.models import find_family, is_torch, open_fp32, read_model, resolve
+    from edgemm.models import find_family, is_torch, open_fp32, read_model
+    from edgemm.models._sources import resolve
     from edgemm.pruners._scores import links, magnitude
 
     if is_bundle(model):
@@ -146,28 +151,52 @@ def plot_links(found: dict[str, Any], file: Path) -> None:
 
 def evaluate(model: str, data: str | None) -> dict[str, dict[str, float]]:
     """The default metric on the verification split -> {"all" and each kind: {"n": samples, metric: value}}."""
+    with opened(model) as session:
+        if is_bundle(model):
+            data = data or read_bundle(Path(model)).manifest["provenance"]["recipe"]["data"]
+        return _evaluate(session, data)
+
+
+@contextmanager
+def opened(model: str, task: str | None = None) -> Iterator[Session]:
+    """A bundle's session, or that of a model's FP32 graphs for one of its tasks."""
     if is_bundle(model):
         bundle = read_bundle(Path(model))
-        program = bundle.manifest["program"]
-        session = Session(bundle.files, program, model)
-        return _evaluate(session, data or bundle.manifest["provenance"]["recipe"]["data"])
-    from edgemm.models import find_family, open_fp32, read_model, resolve
+        yield Session(bundle.files, bundle.manifest["program"], model)
+        return
+    from edgemm.models import find_family, open_fp32, read_model
+    from edgemm.models._sources import resolve
 
     with tempfile.TemporaryDirectory() as runs:
-        directory = resolve(model, runs=Path(runs))
+        directory = resolve(model, runs=Path(runs), task=task)
         family = find_family(directory)
-        return _evaluate(open_fp32(family, read_model(family, directory), directory), data)
+        yield open_fp32(family, read_model(family, directory), directory)
+
+
+def score(model: str, data: str) -> list[Row]:
+    """The scorecard's rows of every task of MODEL, or of each bundle TASK.edgemm in a directory; see scorecard.py."""
+    from edgemm.models._sources import resolve, tasks_of
+
+    world, folder = plugins.plugin("data", data), Path(model)
+    bundles = {task: str(path) for task in TASKS if (path := folder / f"{task}.edgemm").is_file()}
+    if not bundles and not set(TASKS) <= set(tasks_of(resolve(model))):
+        raise InputError(f"{model} has not the tasks of a card", fix=f"give a model of {', '.join(TASKS)}")
+    rows = []
+    for task in bundles or TASKS:
+        with opened(bundles.get(task, model), None if bundles else task) as session:
+            rows += scorecard(task, session, world)
+    return rows
 
 
 def _evaluate(session: Session, data: str | None) -> dict[str, dict[str, float]]:
     from edgemm.data import split
-    from edgemm.parity import default_metric
+    from edgemm.parity import default_metric, kind_of
 
     _, samples = split(Recipe(name="evaluate", data=data), lambda: session.program)
     outputs = session.outputs([s.query for s in samples])
     targets = [s.label for s in samples]
     audio = bool(session.program["audio"])
-    name = default_metric(session.output["kind"], has_targets=None not in targets, audio=audio)
+    name = default_metric(kind_of(session.program), has_targets=None not in targets, audio=audio)
     metric = plugins.plugin("metrics", name)
     if name in ("agreement", "cosine", "text_agreement_wer"):  # with itself
         raise InputError(f"{data} has no right answers to judge by", fix="give data with a column label")

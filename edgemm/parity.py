@@ -38,6 +38,11 @@ def read_reference(content: bytes) -> Reference:
     return Reference(stored["ids"].tolist(), stored["groups"].tolist(), targets, outputs)
 
 
+def kind_of(program: Mapping[str, Any]) -> str:
+    """What metrics say in OUTPUTS of this program.json's `output`: its kind, but "picture" of one that is painted."""
+    return "picture" if program["output"].get("picture") else str(program["output"]["kind"])
+
+
 def default_metric(kind: str, *, has_targets: bool, audio: bool) -> str:
     """What judges an output of this kind: against right answers where the data has them, else against FP32."""
     if kind == "labels":
@@ -48,12 +53,14 @@ def default_metric(kind: str, *, has_targets: bool, audio: bool) -> str:
         return "cosine"
     if not has_targets:
         return "text_agreement_wer"
+    if kind == "picture":
+        return "true_pictures"
     return "wer" if audio else "exact_match"
 
 
 def judge(outputs: Outputs, reference: Reference, program: Mapping[str, Any], recipe: Recipe) -> tuple[Accuracy, ...]:
     """Every metric of the recipe with its verdict; without any, the default ones."""
-    kind = program["output"]["kind"]
+    kind = kind_of(program)
     for name, value in outputs.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise InputError(f"the compressed model gives NaN or infinity in {name}", fix="quantize less of it")
@@ -94,10 +101,10 @@ def judge(outputs: Outputs, reference: Reference, program: Mapping[str, Any], re
 
 
 def flips(outputs: Outputs, reference: Outputs) -> float | None:
-    """Share of samples whose label or text changed; None where neither is the answer."""
+    """Share of samples whose label or text (of pictures, whose ids) changed; None where neither is the answer."""
     if "logits" in outputs:
         return float((outputs["logits"].argmax(1) != reference["logits"].argmax(1)).mean())
-    return float((outputs["text"] != reference["text"]).mean()) if set(outputs) == {"text"} else None
+    return float((outputs["text"] != reference["text"]).mean()) if set(outputs) - {"picture"} == {"text"} else None
 
 
 def sqnr_db(outputs: Outputs, reference: Outputs) -> float | None:

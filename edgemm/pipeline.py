@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from edgemm.console import log
 from edgemm.data import check_data
 from edgemm.errors import InputError
 from edgemm.host import host
-from edgemm.models import check_model
+from edgemm.models._sources import check_model
 from edgemm.recipe import Recipe, check_plugins
 from edgemm.report import html, junit, markdown
 from edgemm.report.schema import BundleFile, Pruning, Report, TargetReport
@@ -121,7 +120,6 @@ def write_report(report: Report, out: Path) -> None:
 def train(recipe: Recipe, out: Path) -> Path:
     """Train a reference model by the recipe's train section; `out`/model is then what `compress` takes.
 
-    Of the scenes reasoner `out` has find_image, find_audio and caption beside it: the same weights for other tasks.
     `out` also holds log.csv and checkpoint.pt: the same call resumes an interrupted run.
     """
     from edgemm.models import reasoner, scenes_painter, scenes_reasoner, scenes_watcher
@@ -159,7 +157,4 @@ def train(recipe: Recipe, out: Path) -> Path:
             family = reasoner
         (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         family.save(model, out / "model", out, half=True)
-        for task in ("find_image", "find_audio", "caption") if family is scenes_reasoner else ():
-            model.config = replace(model.config, task=task)
-            family.save(model, out / task, out, half=True)
     return out / "model"

@@ -161,6 +161,7 @@ class TrainScenes(Strict):
     learning_rate: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     contrastive_weight: float = Field(0.2, ge=0)
+    grounding_weight: float = Field(0.5, ge=0)
     triplet_weight: float = Field(0.2, ge=0)
     caption_weight: float = Field(0.2, ge=0)
     exit_weight: float = Field(0.3, ge=0)
@@ -175,7 +176,8 @@ class TrainPainter(Strict):
     """Training of the painter of scenes; see edgemm/reasoner/painter_train.py.
 
     scenes, validation_scenes  how many are drawn to learn from, and of the test split to judge by
-    picture_*, caption_*  of the autoencoder, and of what writes its codes
+    picture_*, plan_*, code_*  of the autoencoder, of what writes plans, and of what fills in codes
+    *_rate          the largest learning rate
     """
 
     threads: int = Field(1, ge=1)
@@ -183,13 +185,16 @@ class TrainPainter(Strict):
     validation_scenes: int = Field(200, ge=8)
     recogniser_scenes: int = Field(6_000, ge=16, description="that the judge learns from, which is trained apart")
     picture_batch: int = Field(12, ge=2)
-    caption_batch: int = Field(32, ge=2)
+    plan_batch: int = Field(16, ge=2)
+    code_batch: int = Field(32, ge=2)
     picture_epochs: int = Field(7, ge=1)
-    caption_epochs: int = Field(7, ge=1)
-    picture_rate: float = Field(2e-3, gt=0, description="the largest learning rate")
-    caption_rate: float = Field(1e-3, gt=0)
+    plan_epochs: int = Field(4, ge=1)
+    code_epochs: int = Field(2, ge=1)
+    picture_rate: float = Field(2e-3, gt=0)
+    plan_rate: float = Field(1e-3, gt=0)
+    code_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
-    bf16: bool = Field(True, description="of the autoencoder")
+    bf16: bool = True
     model: dict[str, Any] = {}
 
 
@@ -257,6 +262,7 @@ class Recipe(Strict):
     name: str
     description: str = ""
     model: str = "reasoner"
+    task: str | None = Field(None, description="of a model that has several: what its graphs are for; null: its first")
     data: str | None = None
     data_tolerance: float = Field(0.0, ge=0, lt=1, description="share of broken rows that is accepted")
     version: Version = Field(1, description="of the bundle; a device refuses one that is not higher than it had")

@@ -56,8 +56,7 @@ def tune(
         ends = time.monotonic() + search.budget_minutes * 60
         program = graph.json("program.json")
         if target.static:
-            for component in program["components"]:
-                fix_shapes(component, program)
+            fix_shapes(program)
         held = record(graph, recipe, set(work.specs), program)
         rows = []
         for i, component in enumerate(program["components"]):

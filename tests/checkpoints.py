@@ -49,6 +49,42 @@ SCENES: dict[str, Any] = {  # sizes of a ScenesConfig
 }
 
 
+FULL_SCENES: dict[str, Any] = {  # BERT base, ResNet-50 and wav2vec 2.0 base
+    "width": 768,
+    "heads": 12,
+    "ffn_ratio": 4,
+    "max_tokens": 512,
+    "text_layers": 12,
+    "image_size": 224,
+    "image_layer": "bottleneck",
+    "image_channels": (256, 512, 1024, 2048),
+    "image_depths": (3, 4, 6, 3),
+    "audio_channels": (512,) * 7,
+    "audio_kernels": (10, 3, 3, 3, 3, 2, 2),
+    "audio_strides": (5, 2, 2, 2, 2, 2, 2),
+    "audio_layers": 12,
+    "vocab_size": 30_522,
+}
+
+
+def write_scenes(directory: Path, sizes: dict[str, Any]) -> Path:
+    """A scenes reasoner of these sizes, for answers, in `directory`."""
+    from edgemm.models import scenes_reasoner
+    from edgemm.reasoner.config import ScenesConfig
+    from edgemm.reasoner.corpus import build_tokenizer
+    from edgemm.reasoner.scenes_model import ScenesReasoner
+
+    torch.manual_seed(0)
+    answers = ("no", "yes", "1", "2")
+    tokenizer = build_tokenizer(["is there a red circle?", *"abcdefghijklmnopqrstuvwxyz"], answers)
+    vocabulary = {"answers": answers, "vocab_size": tokenizer.get_vocab_size()}
+    directory.mkdir(parents=True)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str())
+    model = ScenesReasoner(ScenesConfig(**{**vocabulary, **sizes})).eval()
+    scenes_reasoner.save(model, directory / "model", directory)
+    return directory / "model"
+
+
 def write(name: str, directory: Path, *, full: bool = False) -> Path:
     """The checkpoint `name` of MODELS in `directory`: config, weights, tokenizer and processors."""
     torch.manual_seed(0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from edgemm import console
+
+TRAINED_ON = {"reasoner": "easy_vqa", "scenes_reasoner": "scenes"}
 
 
 def command(
@@ -14,15 +18,35 @@ def command(
     data: Annotated[
         Optional[str],
         typer.Option(
-            metavar="NAME|FILE", help="Data set by name or file. Default: the bundle's, and easy_vqa for reasoner."
+            metavar="NAME|FILE",
+            help="Data set by name or file. Default: the bundle's, and what an embedded model was trained on.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    card: Annotated[
+        Optional[Path], typer.Option(help="Write every figure of every task as a table of Markdown: scenes_reasoner.")
+    ] = None,
 ) -> None:
-    """Accuracy (or what the model's task is judged by) on the verification split, overall and by kind of sample."""
-    from edgemm.inspection import evaluate
+    """Accuracy (or what the model's task is judged by) on the verification split, overall and by kind of sample.
 
-    data = data or ("easy_vqa" if model == "reasoner" else None)
+    With --card every figure of a model of several tasks, or of bundles TASK.edgemm in a directory.
+    """
+    from edgemm.inspection import evaluate, score
+
+    if card:
+        from edgemm.artifact import write_atomic
+        from edgemm.scorecard import markdown
+
+        data = data or "scenes"
+        figures = score(model, data)
+        write_atomic(card, markdown(figures, data).encode())
+        if json:
+            console.result_json({"model": model, "data": data, "figures": [asdict(row) for row in figures]})
+        else:
+            columns = ("task", "figure", "n", "")
+            console.table(f"{model} on {data}", columns, ((r.task, r.name, r.n, f"{r.value:.4f}") for r in figures))
+        return
+    data = data or TRAINED_ON.get(model)
     rows = evaluate(model, data)
     if json:
         console.result_json({"model": model, "data": data, "accuracy": rows})

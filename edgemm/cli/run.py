@@ -11,6 +11,7 @@ import typer
 from edgemm import console
 
 if TYPE_CHECKING:
+    from edgemm.runtime.few_shot import FewShot
     from edgemm.runtime.query import Query
     from edgemm.runtime.session import Session
 
@@ -30,6 +31,9 @@ def command(
     out: Annotated[
         Optional[Path], typer.Option("-o", "--output", metavar="FILE", help="PNG of the picture, of models that paint.")
     ] = None,
+    learned: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="Answer with what edgemm learn wrote, too.")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print a generated text as it is made.")] = False,
     require_signature: Annotated[
         Optional[Path], typer.Option(metavar="KEY", help="Refuse a bundle without a signature by this key.")
@@ -45,14 +49,15 @@ def command(
     answered all the same.
     """
     from edgemm.errors import InputError
+    from edgemm.runtime.few_shot import FewShot, read_learned
     from edgemm.runtime.preprocess import read_boxes
     from edgemm.runtime.query import Query
     from edgemm.runtime.session import load_bundle
 
     query = Query(image, text, audio, None if boxes is None else read_boxes(boxes))
     many = data is not None or any(path is not None and path.is_dir() for path in (image, audio))
-    if stream and (many or json or boxes is not None):
-        raise InputError("--stream is for one text", fix="leave out --data, directories, --boxes and --json")
+    if stream and (many or json or boxes is not None or learned is not None):
+        raise InputError("--stream is for one text", fix="leave out --data, directories, --boxes, --learned and --json")
     if data is not None and query != Query():
         raise InputError("--data says what goes in", fix="leave out --image, --text, --audio and --boxes")
     if out is not None and (many or stream):
@@ -60,12 +65,13 @@ def command(
     session = load_bundle(bundle, require_signature=require_signature)
     if out is not None and not session.output.get("picture"):
         raise InputError(f"{bundle} makes no picture", fix="leave --output out")
+    answering = session if learned is None else FewShot(session, read_learned(learned))
     if many:
-        _lines(session, query, data)
+        _lines(answering, query, data)
     elif stream:
         console.result_pieces(session.stream(image=image, text=text, audio=audio))
     else:
-        answer = session.answer(query)
+        answer = answering.answer(query)
         if out is not None:
             from edgemm.artifact import write_atomic
             from edgemm.runtime.pictures import png
@@ -73,12 +79,12 @@ def command(
             write_atomic(out, png(answer.outputs[session.output["picture"]["tensor"]]))
             answer = replace(answer, answer=str(out))
         if json:
-            console.result_json(answer.as_json(session.output["kind"]))
+            console.result_json(answer.as_json(answering.output["kind"]))
         else:
             console.result(answer.answer if answer.answer is not None else answer.summary())
 
 
-def _lines(session: Session, query: Query, data: Path | None) -> None:
+def _lines(session: Session | FewShot, query: Query, data: Path | None) -> None:
     """Print the line of each input; InputError, after the last, where one has an error."""
     from edgemm.errors import InputError
     from edgemm.runtime.rows import answers, directory_rows, file_rows

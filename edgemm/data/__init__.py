@@ -73,12 +73,12 @@ def split(recipe: Recipe, program: Program) -> tuple[list[Sample], list[Sample]]
         train, test = _random(recipe, program)
     elif not Path(recipe.data).exists():
         module = plugins.plugin("data", recipe.data)
-        if hasattr(module, "watched") and {t["tensor"] for t in program().get("tensors", ())} == {"frames", "times"}:
-            train, test = module.watched("train"), module.watched("test")
+        draw, watched = module.samples, {"frames", "times"}
+        if hasattr(module, "watched") and {t["tensor"] for t in program().get("tensors", ())} == watched:
+            draw = module.watched
         elif hasattr(module, "captions") and (of_captions(program()) or not program().get("text")):
-            train, test = (_fit(module.captions(part), program()) for part in ("train", "test"))
-        else:
-            train, test = module.samples("train"), module.samples("test")
+            draw = module.captions
+        train, test = (_fit(draw(part), program()) for part in ("train", "test"))
     else:
         path = Path(recipe.data)
         found = _read_once(path, path.stat().st_mtime_ns, recipe.data_tolerance)
@@ -128,14 +128,14 @@ def _read_once(path: Path, changed_ns: int, tolerance: float) -> dict[str, list[
 
 
 def _fit(samples: list[Sample], program: dict[str, Any]) -> list[Sample]:
-    """The samples without what the model does not take.
+    """The samples without what the model does not take; those of which no medium would be left are left out.
 
     For models that embed or paint, a caption is the text that belongs to the medium, and no right answer.
     """
     if of_captions(program):
         samples = [replace(s, text=s.text or s.label) for s in samples]
     takes = {name: bool(program.get(name)) for name in ("image", "text", "audio")}
-    return [
+    fitted = [
         replace(
             s,
             image=s.image if takes["image"] else None,
@@ -145,6 +145,10 @@ def _fit(samples: list[Sample], program: dict[str, Any]) -> list[Sample]:
         )
         for s in samples
     ]
+    if not (takes["image"] or takes["audio"]):
+        return fitted
+    pairs = zip(fitted, samples, strict=True)
+    return [s for s, whole in pairs if s.image or s.audio or not (whole.image or whole.audio)]
 
 
 def of_captions(program: dict[str, Any]) -> bool:

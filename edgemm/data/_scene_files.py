@@ -1,6 +1,6 @@
 """The scenes as a data set on the disk: Parquet in the form that manifest.py reads, PNG and WAV beside it.
 
-questions.parquet  id, split, image, text, label, kind
+questions.parquet  id, split, image, audio (tones), text, label, kind: some without an image, most without audio
 captions.parquet   id, split, image, audio (tones), caption
 negatives.parquet  id, split, image, text, label, kind: each hard negative ("no") and the true caption ("yes")
 speech.parquet     id, split, audio (the caption read aloud), transcript
@@ -26,7 +26,7 @@ from edgemm.console import progress
 from edgemm.data._rows import INSTALL
 from edgemm.data._scene_clips import FPS, clip_questions, clips, frames, subtitles, wrong_roles, wrong_times
 from edgemm.data._scene_media import draw, png, spoken, tones, wav
-from edgemm.data._scene_words import Question, asked, caption, hard_negatives
+from edgemm.data._scene_words import Question, asked, caption, given, hard_negatives
 from edgemm.data._scene_world import Scene, scenes
 from edgemm.errors import InputError, ToolchainError
 
@@ -66,7 +66,7 @@ def write(directory: Path, seed: int, sizes: Sizes) -> None:
             for i, (name, scene, about) in enumerate(progress(asked(split, seed, count), f"write {split}", count)):
                 row = {"id": name, "split": split}
                 tables["captions"].append(row | _caption(made, name, scene))
-                tables["questions"] += _questions(row, about)
+                tables["questions"] += _questions(row, i, about)
                 tables["negatives"] += _negatives(row, scene)
                 if i < aloud:
                     tables["speech"].append(row | _speech(made, name, scene))
@@ -95,12 +95,14 @@ def _speech(made: Path, name: str, scene: Scene) -> dict[str, str]:
     return {"audio": _put(made, f"speech/{name}.wav", wav(spoken(said))), "transcript": said}
 
 
-def _questions(row: dict[str, str], about: list[Question]) -> Rows:
-    name, image = row["id"], f"images/{row['id']}.png"
-    return [
-        row | {"id": f"{name}-{q.kind}", "image": image, "text": q.text, "label": q.answer, "kind": q.kind}
-        for q in about
-    ]
+def _questions(row: dict[str, str], number: int, about: list[Question]) -> Rows:
+    name = row["id"]
+    found: Rows = []
+    for q in about:
+        seen, heard = given(number, q.kind)
+        media = {"image": f"images/{name}.png" if seen else None, "audio": f"tones/{name}.wav" if heard else None}
+        found.append({**row, "id": f"{name}-{q.kind}", **media, "text": q.text, "label": q.answer, "kind": q.kind})
+    return found
 
 
 def _negatives(row: dict[str, str], scene: Scene) -> Rows:

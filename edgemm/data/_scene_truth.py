@@ -106,3 +106,18 @@ def is_true(caption: str, things: list[Thing]) -> bool:
         if sorted(filter(None, match.group(2, 3))) != sorted(relations(by_name[match[1]], by_name[match[4]])):
             return False
     return True
+
+
+def claims(caption: str, things: list[Thing]) -> list[tuple[int, int, bool]]:
+    """What a caption says, claim by claim: its first character, the one behind its last, and whether it holds."""
+    by_name = {thing.name: thing for thing in things}
+    found = []
+    for match in THING.finditer(caption):
+        named = by_name.get(match[2])
+        found.append((*match.span(), named is not None and named.size == match[1]))
+    for match in FACT.finditer(caption):
+        holds = {match[1], match[4]} <= by_name.keys()
+        said = sorted(filter(None, match.group(2, 3)))
+        holds = holds and said == sorted(relations(by_name[match[1]], by_name[match[4]]))
+        found.append((*match.span(), holds))
+    return found

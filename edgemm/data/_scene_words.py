@@ -17,6 +17,7 @@ from edgemm.data._scene_world import COLOURS, OPPOSITES, SHAPES, SIZES, Scene, T
 DIRECTIONS = {"right": "right of", "left": "left of", "up": "above", "down": "below"}
 COUNT_WEIGHTS = {0: 2, 1: 2, 2: 3, 3: 6}  # many of one kind are rare
 KINDS = ("existence", "colour", "count", "relation", "implication")
+HEARD = ("existence", "colour", "count")  # kinds that tones tell enough for
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,15 @@ def asked(split: str, seed: int, count: int) -> Iterator[tuple[str, Scene, list[
     rng = random.Random(f"questions {split} {seed}")
     for i, scene in enumerate(islice(scenes(split, seed), count)):
         yield f"{split}-{i:05d}", scene, questions(scene, rng)
+
+
+def given(number: int, kind: str) -> tuple[bool, bool]:
+    """Whether a question of scene `number` comes with the picture, and with the tones.
+
+    Of five scenes three are shown, one is shown and heard, and of one what can be heard is heard alone.
+    """
+    heard = number % 5 > 2
+    return not (number % 5 == 4 and kind in HEARD), heard
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:

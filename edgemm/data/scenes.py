@@ -35,8 +35,8 @@ from edgemm.data._scene_clips import (
 )
 from edgemm.data._scene_files import Sizes, write
 from edgemm.data._scene_media import draw, png, spoken, tones, wav
-from edgemm.data._scene_truth import heard, is_true, seen
-from edgemm.data._scene_words import Negative, Question, asked, caption, hard_negatives, questions
+from edgemm.data._scene_truth import claims, heard, is_true, seen
+from edgemm.data._scene_words import Negative, Question, asked, caption, given, hard_negatives, questions
 from edgemm.data._scene_world import Scene, Thing, scenes
 from edgemm.errors import EdgemmError, InputError
 
@@ -54,6 +54,7 @@ __all__ = (
     "caption",
     "captions",
     "check",
+    "claims",
     "clip_questions",
     "clips",
     "draw",
@@ -83,7 +84,10 @@ CLIPS = {"train": 100, "test": 400}
 
 
 def samples(split: str) -> list[Sample]:
-    """Questions about 4,000 pictures ("train") or 1,000 ("test"): up to five of each, one of a kind."""
+    """Questions about 4,000 scenes ("train") or 1,000 ("test"): up to five of each, one of a kind.
+
+    Most come with the picture, some with the tones, too, or with them alone: see _scene_words.given.
+    """
     _known(split)
     return list(_samples(split))
 
@@ -111,9 +115,11 @@ def _known(split: str) -> None:
 @cache
 def _samples(split: str) -> tuple[Sample, ...]:
     found = []
-    for name, scene, about in asked(split, 0, SCENES[split]):
-        picture = png(draw(scene))
-        found += [Sample(f"{name}-{q.kind}", name, picture, q.text, q.answer, q.kind) for q in about]
+    for i, (name, scene, about) in enumerate(asked(split, 0, SCENES[split])):
+        picture, sound = png(draw(scene)), wav(tones(scene))
+        for q in about:
+            image, audio = (x if it else None for x, it in zip((picture, sound), given(i, q.kind), strict=True))
+            found.append(Sample(f"{name}-{q.kind}", name, image, q.text, q.answer, q.kind, audio=audio))
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Metrics, one a file. Each has UNIT, OUTPUTS (the kinds of program.json's `output` that it can judge) and
+"""Metrics, one a file. Each has UNIT, OUTPUTS (the kinds of outputs that it can judge, see parity.kind_of) and
 
     values(outputs, reference, targets) -> float64[n]   one value a sample, higher is better
 
@@ -13,5 +13,6 @@ Outputs is a dict by output kind:
     labels      {"logits": float32[n,A], "labels": str[A]}
     embeddings  {"image": float32[n,D], "text": float32[n,D]} (or audio); row i of both is a pair that belongs together
     generation, transcript  {"text": str[n]}
+    picture     {"text": str[n], "picture": uint8[n,H,W,3]}, RGB; the text is the ids of its plan as words
     features    {tensor name: float32[n, ...]}, shorter ones padded with zeros
 """

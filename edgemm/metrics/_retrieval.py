@@ -26,29 +26,30 @@ def recall(outputs: Outputs, reference: Outputs, targets: Targets, k: int) -> Va
     one, other = sorted(outputs)
     classes = first_rows(i if target is None else target for i, target in enumerate(targets))
     directions = ((one, other), (other, one))
-    return np.mean([_found(outputs, reference, classes, k, query, item) for query, item in directions], 0)
+    return np.mean([found(outputs, reference, classes, k, query, item) for query, item in directions], 0)
 
 
-def _found(
+def found(
     outputs: Outputs, reference: Outputs, classes: NDArray[np.intp], k: int, query: str, item: str
 ) -> NDArray[np.bool_]:
+    """Of each row's `query`: is a right `item`, one of the same row or class, among the k nearest? bool[n]."""
     asked, offered = items(reference[query]), items(reference[item])
     gallery = np.unique(offered)
     vectors = outputs[item][gallery]
-    found, wrong = np.zeros(len(asked), bool), 0
+    hit, wrong = np.zeros(len(asked), bool), 0
     queries = np.unique(asked)
     for row, scores in zip(queries, similarities(outputs[query][queries], vectors), strict=True):
         same = asked == row
         right = np.isin(gallery, offered[same | np.isin(classes, classes[same])])
         behind = int((scores[~right] < scores[right].max()).sum())
-        found[same] = (~right).sum() - behind < k
+        hit[same] = (~right).sum() - behind < k
         wrong = max(wrong, int((~right).sum()))
     if wrong < k:
         raise InputError(
             f"recall at {k} with {len(gallery)} different {item}s to choose from: no model could miss",
             fix="give more verification samples, or measure recall at a smaller k",
         )
-    return found
+    return hit
 
 
 def nearest(outputs: Outputs, reference: Outputs, query: str, item: str) -> NDArray[np.intp]:

@@ -6,7 +6,7 @@ from edgemm.metrics import _edits
 from edgemm.metrics._answers import Outputs, Targets, Values, answers, normalised
 
 UNIT = "errors per word"
-OUTPUTS = ("generation", "transcript")
+OUTPUTS = ("generation", "transcript", "picture")
 ERROR = True
 NEEDS_TARGETS = False
 

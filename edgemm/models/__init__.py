@@ -5,6 +5,7 @@ save(model, directory, source)          config, weights and the other files of `
 components(model) -> [Component]        graphs to export, in the order they run
 attentions(model) -> [AttentionBlock]   every attention layer; head pruning shrinks those with q, k, v, o
 token_layers(model) -> [TokenLayer]     where image tokens can leave (see _key_tokens.py); in some families
+TASKS, for_task(directory, task, out)   what a model can be for; writes it for one of them to `out`; in some families
 program(model, directory) -> dict       pre- and post-processing as data, see edgemm/runtime/program.py
 
 Families whose weights are a transformers checkpoint share _transformers.py. Neurons of feed-forward blocks, and
@@ -14,7 +15,7 @@ channels inside residual blocks, are found in all of them by _hidden_units.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,7 +33,6 @@ from edgemm.errors import InputError
 from edgemm.models._graph import caller
 from edgemm.runtime.session import Session
 
-EMBEDDED = {"reasoner": plugins.PACKAGE / "reasoner" / "weights"}
 # trained here: no checkpoints of transformers
 OWN = ("reasoner", "scenes_reasoner", "scenes_painter", "scenes_watcher")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -147,35 +147,6 @@ class AttentionBlock:
         o.weight = nn.Parameter(o.weight.detach()[:, rows].clone())
         o.in_features = len(rows)
         self.resize(len(heads))
-
-
-def resolve(model: str, inputs: Mapping[str, str] | None = None, runs: Path | None = None) -> Path:
-    """The directory of MODEL: an embedded name, a model directory, ONNX graphs or package.module:factory.
-
-    inputs  kinds of an ONNX model's inputs, where they can't be read off
-    runs    where graphs from outside are brought into a directory of their own; see onnx.py
-    """
-    check_model(model)
-    path = EMBEDDED.get(model, Path(model))
-    if (path / "config.json").is_file():
-        return path
-    return plugins.plugin("models", "onnx").bring_in(model, inputs or {}, runs)
-
-
-def check_model(model: str) -> None:
-    """InputError unless MODEL is one of the things that `resolve` takes."""
-    path = EMBEDDED.get(model, Path(model))
-    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".onnx"):
-        return
-    if path.is_dir() and not any(path.glob("*.onnx")):
-        raise InputError(
-            f"{path}: no config.json with a model_type", fix="give a model directory, or one of .onnx files"
-        )
-    if not path.exists() and ":" not in model:
-        raise InputError(
-            f"no model {model!r}",
-            fix=f"use {', '.join(EMBEDDED)}, the path of a model directory or .onnx file, or package.module:factory",
-        )
 
 
 def model_files(directory: Path) -> list[str]:

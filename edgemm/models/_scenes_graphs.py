@@ -23,7 +23,7 @@ from edgemm.models import Component
 from edgemm.models import Tensor as Spec
 from edgemm.models._decoder import Settings, cache_ports, decoder
 from edgemm.reasoner.captioner import BEGIN, END
-from edgemm.reasoner.config import MODALITIES
+from edgemm.reasoner.config import MODALITIES, ScenesConfig
 from edgemm.reasoner.levels import FirstGraph, LastGraph, MiddleGraph
 from edgemm.reasoner.scenes_model import Given, ScenesReasoner
 
@@ -49,9 +49,13 @@ def tokens(model: ScenesReasoner) -> dict[str, Spec]:
 
 
 def lengths(model: ScenesReasoner) -> tuple[dict[str, int], dict[str, int]]:
-    """The most words and the most audio frames."""
+    """The most words of the task's texts, and the most audio frames."""
     config = model.config
-    return {"tokens": config.max_tokens}, {"frames": config.frames(config.max_samples)}
+    return {"tokens": most_tokens(config)}, {"frames": config.frames(config.max_samples)}
+
+
+def most_tokens(config: ScenesConfig) -> int:
+    return config.question_tokens if config.task == "answer" else config.max_tokens
 
 
 def encoders(model: ScenesReasoner, *names: str) -> list[Component]:
@@ -80,7 +84,7 @@ def answering(model: ScenesReasoner) -> list[Component]:
     words, frames = lengths(model)
     encoded, made = tokens(model), encoders(model, "image", "text", "audio")
     question = port("question", "tokens", d), Spec("question_mask", "int64", ("batch", "tokens"))
-    keys = port("image_keys", "patches", d), port("audio_keys", "frames", d)
+    keys = port("image_keys", config.patches, d), port("audio_keys", "frames", d)
     present, gates = port("present", len(MODALITIES)), port("gates", len(MODALITIES))
     for count in range(len(encoded), 0, -1):  # the first whose inputs are there makes what the levels take
         for subset in combinations(encoded, count):
@@ -93,8 +97,8 @@ def answering(model: ScenesReasoner) -> list[Component]:
     slots = {n: port(f"slots_{n}", config.slots, d) for n in (1, 2)}
     said = {n: port(f"words_{n}", "tokens", d) for n in (1, 2)}
     answer = {n: port("logits" if n == 3 else f"exit_{n}", len(config.answers)) for n in (1, 2, 3)}
-    used = SIZES | words | frames | {"patches": config.patches}
-    smallest = {"patches": least, "frames": least} if least > 1 else {}
+    used = SIZES | words | frames
+    smallest = {"frames": least} if least > 1 else {}
     shared = (question[1], *keys)
     first, middle, last = (model.level(i) for i in range(3))
     levels: list[tuple[nn.Module, tuple[Spec, ...], tuple[Spec, ...]]] = [
@@ -144,7 +148,7 @@ class Matcher(nn.Module):
         """text_tokens [B,T,D], attention_mask int64 [B,T], image_tokens [B,P,D] -> match [B,2]."""
         present = image_tokens.new_tensor([[1.0, 0.0]]).expand(text_tokens.shape[0], -1)
         words = self.level.run(text_tokens, attention_mask, {"image": image_tokens}, present, None)[0]
-        return self.match(words[:, 0])
+        return self.match(words, attention_mask)
 
 
 def finding(model: ScenesReasoner, modality: str) -> list[Component]:
@@ -159,7 +163,7 @@ def finding(model: ScenesReasoner, modality: str) -> list[Component]:
         Component("text_embedding", TextEmbedding(model, "text"), said, (port("text_embeds", e),), SIZES | words),
     ]
     if modality == "image":
-        match = port("match", model.match.out_features)
+        match = port("match", 2)
         made.append(Component("matcher", Matcher(model), (*said, encoded["image"]), (match,), SIZES | words))
     return made
 

@@ -2,8 +2,8 @@
 
 text_encoder   the caption's words
 cross_cache    keys and values of the words, which all steps share
-decoder        where things stand, and the picture's codes, one by one; see _decoder.py
-image_decoder  codes -> picture
+decoder        the plan of the picture, token by token; see _decoder.py
+image_decoder  plan -> codes -> picture
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class CrossCache(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """The autoencoder's second half."""
+    """What fills in the codes, and the autoencoder's second half."""
 
     def __init__(self, model: Painter) -> None:
         super().__init__()
-        self.pictures = model.pictures
+        self.model = model
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """codes int64 [B,P] -> picture [B,3,S,S], -1..1."""
-        return self.pictures.picture(codes)
+    def forward(self, plan: Tensor) -> Tensor:
+        """plan int64 [B,T] -> picture [B,3,S,S], -1..1."""
+        return self.model.picture(plan)
 
 
 def components(model: Painter) -> list[Component]:
@@ -89,13 +89,13 @@ def components(model: Painter) -> list[Component]:
     cross = *cache_ports("cross", other, "keys"), Spec("cross_bias", "float32", ("batch", 1, 1, "keys"))
     sizes = {"vocabulary": config.end + 1, "positions": config.length + 1, "keys": config.max_tokens}
     looked_at = {"batch": MAX_BATCH, "keys": config.max_tokens}
-    codes, batch = Spec("codes", "int64", ("batch", config.cells)), {"batch": MAX_BATCH}
+    plan, batch = Spec("plan", "int64", ("batch", config.length)), {"batch": MAX_BATCH}
     picture = Spec("picture", "float32", ("batch", 3, side, side))
     return [
         Component("text_encoder", model.text_encoder, tuple(said), (text,), words, {"input_ids": config.vocab_size}),
         Component("cross_cache", CrossCache(model), (keys, mask), cross, looked_at),
         decoder(model.embed, layers, model.head, own, cross, **sizes),
-        Component("image_decoder", ImageDecoder(model), (codes,), (picture,), batch, {"codes": config.codes}),
+        Component("image_decoder", ImageDecoder(model), (plan,), (picture,), batch, {"plan": config.begin}),
     ]
 
 
@@ -109,7 +109,7 @@ def attentions(model: Painter) -> list[AttentionBlock]:
 
 
 def program(model: Painter, directory: Path) -> dict[str, Any]:
-    """How the runtime turns a caption into tensors, and codes into a picture."""
+    """How the runtime turns a caption into tensors, and a plan into a picture."""
     del directory
     config = model.config
     text = {
@@ -119,4 +119,4 @@ def program(model: Painter, directory: Path) -> dict[str, Any]:
         "max_tokens": config.max_tokens,
     }
     output = Settings(eos_token_id=config.end).generation(len(model.layers), [config.begin], config.length)
-    return {"text": text, "output": {**output, "picture": {"first": config.places, "count": config.cells}}}
+    return {"text": text, "output": {**output, "picture": {"ids": "plan", "count": config.length}}}

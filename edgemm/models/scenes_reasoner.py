@@ -15,13 +15,24 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 from edgemm.models import AttentionBlock, Component
 from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import bart_attention
-from edgemm.models._scenes_graphs import GRAPHS, output
+from edgemm.models._scenes_graphs import GRAPHS, most_tokens, output
 from edgemm.models._shrunk import left, shrink
 from edgemm.reasoner.config import ScenesConfig
 from edgemm.reasoner.corpus import MEAN, STD
 from edgemm.reasoner.model import Attention
 from edgemm.reasoner.scenes_model import ScenesReasoner
 from edgemm.runtime.preprocess import read_tokenizer
+
+TASKS = ("answer", "find_image", "find_audio", "caption")
+
+
+def for_task(directory: Path, task: str, out: Path) -> None:
+    """Write the model of `directory` for another of TASKS to `out`."""
+    out.mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copyfile(directory / name, out / name)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps({**config, "task": task}, indent=2) + "\n", encoding="utf-8")
 
 
 def load(directory: Path) -> ScenesReasoner:
@@ -83,7 +94,7 @@ def program(model: ScenesReasoner, directory: Path) -> dict[str, Any]:
         "ids": "input_ids",
         "mask": "attention_mask",
         "tokenizer": "tokenizer.json",
-        "max_tokens": config.max_tokens,
+        "max_tokens": most_tokens(config),
     }
     audio = {
         "tensor": "input_values",

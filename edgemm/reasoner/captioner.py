@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgemm.reasoner.config import ScenesConfig
-from edgemm.reasoner.model import Attention
+from edgemm.reasoner.encoders import line_signal
+from edgemm.reasoner.model import Attention, attend
 
 Pair = tuple[Tensor, Tensor]
 BEGIN, END = 2, 3  # [CLS] and [SEP] of corpus.build_tokenizer
@@ -33,15 +34,15 @@ class CaptionLayer(nn.Module):
 
         mask, cross_mask   what is added to the scores of words [..,T,P+T], and of the picture's tokens [..,K]
         """
-        own = self.self_attention
+        own, fused = self.self_attention, not self.training
         x = self.self_norm(states)
         query, key, value = (heads(project(x), own) for project in (own.q_proj, own.k_proj, own.v_proj))
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        states = states + own.o_proj(attend(query, key, value, mask))
+        states = states + own.o_proj(joined(attend(query, key, value, mask, fused=fused)))
         other = self.cross_attention
         query = heads(other.q_proj(self.cross_norm(states)), other)
-        states = states + other.o_proj(attend(query, *cross, cross_mask))
+        states = states + other.o_proj(joined(attend(query, *cross, cross_mask, fused=fused)))
         return states + self.fc2(F.gelu(self.fc1(self.ffn_norm(states)))), key, value
 
 
@@ -50,9 +51,9 @@ def heads(x: Tensor, attention: Attention) -> Tensor:
     return x.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """[N,H,..,d] each -> [N,T,H*d]."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+def joined(context: Tensor) -> Tensor:
+    """[N,H,T,d] -> [N,T,H*d]."""
+    return context.transpose(1, 2).flatten(2)
 
 
 class CaptionWords(nn.Module):
@@ -61,7 +62,7 @@ class CaptionWords(nn.Module):
     def __init__(self, config: ScenesConfig) -> None:
         super().__init__()
         self.words = nn.Embedding(config.vocab_size, config.width)
-        self.places = nn.Embedding(config.max_tokens, config.width)
+        self.places = nn.Embedding.from_pretrained(line_signal(config.max_tokens, config.width), freeze=False)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """int64 [N,T] each -> [N,T,D]."""

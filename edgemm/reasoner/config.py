@@ -12,6 +12,7 @@ MODALITIES = ("image", "audio")  # what text looks at, in the order of every ten
 class ScenesConfig:
     """Sizes in pixels, tokens, samples of a 16 kHz waveform and channels; layers are counted by level.
 
+    max_tokens, question_tokens   of a text, and of one that is a question
     image_layer   basic or bottleneck, as transformers' ResNetConfig has it; every stage but the first halves the grid
     audio_*       Wav2Vec2Config's conv_dim, conv_kernel, conv_stride and layers
     levels        layers of each level of reasoning: objects, relations, implications
@@ -34,6 +35,7 @@ class ScenesConfig:
     ffn_ratio: int = 2
     drop_head: float = 0.1
     max_tokens: int = 64
+    question_tokens: int = 20
     text_layers: int = 2
     image_size: int = 64
     image_embedding: int = 64
@@ -45,7 +47,7 @@ class ScenesConfig:
     audio_kernels: tuple[int, ...] = (10, 8, 8, 8)
     audio_strides: tuple[int, ...] = (5, 4, 4, 4)
     audio_layers: int = 2
-    levels: tuple[int, int, int] = (2, 1, 1)
+    levels: tuple[int, int, int] = (2, 2, 2)
     slots: int = 8
     top_k: int = 0
     alignment: tuple[Literal["attention", "graph"], ...] = ("attention",)

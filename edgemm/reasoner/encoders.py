@@ -1,6 +1,6 @@
 """One encoder a modality, each to tokens of one width that keep where, or when, they are.
 
-Axes: B batch, T words, P cells of the image's grid, W samples of a waveform, F audio frames, V video frames, D width.
+Axes: B batch, T words, P cells of the image's grid, W samples of a waveform, F audio frames, D width.
 
 They are transformers' BERT, ResNet and Wav2Vec2, so a user's pretrained weights load into them.
 """
@@ -37,6 +37,12 @@ class TextEncoder(nn.Module):
             ),
             add_pooling_layer=False,
         )
+        # As strong as BERT's own start, but alike for words that are as far apart: "the word before" is learned once.
+        places = self.bert.embeddings.position_embeddings
+        with torch.no_grad():
+            places.weight.copy_(
+                line_signal(config.max_tokens, config.width) * 2**0.5 * self.bert.config.initializer_range
+            )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask int64 [B,T] -> text_tokens [B,T,D]."""
@@ -46,7 +52,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """ResNet grid, projected to the common width with a learned position each."""
+    """ResNet grid, projected to the common width with a position each, learned from where sines and cosines start."""
 
     def __init__(self, config: ScenesConfig) -> None:
         super().__init__()
@@ -59,7 +65,7 @@ class ImageEncoder(nn.Module):
             )
         )
         self.project = nn.Linear(config.image_channels[-1], config.width)
-        self.position = nn.Parameter(torch.randn(1, config.patches, config.width) * 0.02)
+        self.position = nn.Parameter(grid_signal(config.side, config.width) / 2)
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -106,11 +112,16 @@ class AudioEncoder(nn.Module):
         return self.norm(self.wav2vec2(input_values).last_hidden_state)
 
 
-def time_signal(times: Tensor, width: int) -> Tensor:
-    """Seconds float [...] -> sines and cosines [..., width] of periods from 0.1 s to 1,000 s.
-
-    Vaswani et al. 2017, of seconds and not of positions: frames need not be evenly spaced.
-    """
-    periods = 0.1 * 10_000 ** torch.linspace(0, 1, width // 2, device=times.device)
-    angles = 2 * math.pi * times[..., None] / periods
+def line_signal(length: int, width: int) -> Tensor:
+    """Sines, then cosines of 0 .. length-1 at rates from 1 to 0.01, float [length,width] (Vaswani et al. 2017)."""
+    angles = torch.arange(length)[:, None] * torch.exp(-math.log(100) * torch.linspace(0, 1, width // 2))
     return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def grid_signal(side: int, width: int) -> Tensor:
+    """`line_signal` of each cell's row, then of its column, float [1,side*side,width], row by row.
+
+    As strong as what is seen, or "left of" could not be learned: nothing before the levels asks where a cell is.
+    """
+    line = line_signal(side, width // 2)
+    return torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], -1).flatten(0, 1)[None]

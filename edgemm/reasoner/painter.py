@@ -1,20 +1,21 @@
-"""Pictures from captions: a picture as discrete codes on a small grid, and a decoder that writes them one by one.
+"""Pictures from captions: a plan of the picture, token by token, and then the picture, by way of discrete codes.
 
-Axes: N pictures, S pixels a side, P codes (those of a cell together), C channels, T tokens, K words of the caption,
-H heads, D width, V codes, places and marks.
+Axes: N pictures, S pixels a side, P cells, C channels of a code, L levels of a channel, T tokens of a plan, K words of
+the caption, G things, H heads, D width, V pixels, kinds and marks.
 
-A cell has a few codes. They are those of finite scalar quantization (Mentzer et al. 2023): each channel of a cell is
-rounded to a few levels, and a code is the number that some of them make. There is no codebook to learn, so none that
-collapses.
+A cell's code is one of finite scalar quantization (Mentzer et al. 2023): each of its channels is rounded to a few
+levels. There is no codebook to learn, so none that collapses.
 
-What the decoder writes after the mark BEGIN: where each thing stands, in the order in which the caption names them
-(x, y in pixels, or NOWHERE for things that the caption has not), then the codes of each cell, row by row. A caption
-leaves open where things stand exactly; once that is said, the codes follow, and every choice is one of few.
+What the decoder writes after the mark BEGIN: of each thing, in the order in which the caption names them, its size,
+colour and shape, and where it stands (x, y in pixels); NOWHERE five times for things that the caption has not. A
+caption leaves open where things stand exactly; once that is said, each cell's code is given, and all are filled in at
+once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -29,28 +30,35 @@ from edgemm.reasoner.encoders import TextEncoder
 HIDDEN = -1e4  # added to scores: exp of it is 0 in float32, and float16 holds it
 
 
+FIELDS = ("size", "colour", "shape", "x", "y")  # what a plan says of a thing
+CELL = 8  # pixels a side
+
+
 @dataclass(frozen=True, slots=True)
 class PainterConfig:
     """Sizes in pixels, tokens and channels.
 
-    channels  of the picture's grids of image_size / 4 and image_size / 8 cells a side
-    levels    of each channel of a code: there are as many codes as their product
-    books     codes of a cell
+    kinds     words for sizes, colours and shapes
     things    how many a caption names at most
+    channels  of the picture's grids of image_size / 4 and image_size / 8 cells a side
+    code      channels of a cell's code;  levels  of each of them
+    hidden    width of what fills in the codes
     """
 
     vocab_size: int
+    kinds: tuple[str, ...]
+    things: int
     width: int = 128
     heads: int = 4
     ffn_ratio: int = 2
-    text_layers: int = 2
+    text_layers: int = 3
     layers: int = 3
     max_tokens: int = 80
     image_size: int = 64
     channels: tuple[int, int] = (48, 96)
-    levels: tuple[int, ...] = (5, 5, 5, 5)
-    books: int = 2
-    things: int = 3
+    code: int = 8
+    levels: int = 5
+    hidden: int = 256
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,37 +70,34 @@ class PainterConfig:
         return cls(**kept)
 
     @property
-    def cells(self) -> int:
-        """Codes of a picture."""
-        return self.books * (self.image_size // 8) ** 2
-
-    @property
-    def codes(self) -> int:
-        return math.prod(self.levels)
-
-    @property
-    def places(self) -> int:
-        """Tokens that say where things stand: x and y of each."""
-        return 2 * self.things
+    def side(self) -> int:
+        """Cells, a row and a column."""
+        return self.image_size // CELL
 
     @property
     def nowhere(self) -> int:
-        """The token of a thing that there isn't; those before it, from `codes` on, are pixels."""
-        return self.codes + self.image_size
+        """The token of a thing that there isn't; those before it are pixels."""
+        return self.image_size
 
     @property
     def begin(self) -> int:
-        return self.nowhere + 1
+        return self.nowhere + 1 + len(self.kinds)
 
     @property
     def end(self) -> int:
-        """Never written: a picture ends with its last cell."""
+        """Never written: a plan ends with its last thing."""
         return self.begin + 1
 
     @property
     def length(self) -> int:
-        """Tokens of a picture."""
-        return self.places + self.cells
+        """Tokens of a plan."""
+        return len(FIELDS) * self.things
+
+    def plan(self, things: Sequence[Any]) -> list[int]:
+        """The tokens of things that have `FIELDS`, in this order."""
+        kind = {word: self.nowhere + 1 + i for i, word in enumerate(self.kinds)}
+        said = [i for t in things for i in (kind[t.size], kind[t.colour], kind[t.shape], t.x, t.y)]
+        return said + [self.nowhere] * (self.length - len(said))
 
     def part(self, vocabulary: int, positions: int) -> ScenesConfig:
         """The shape of a part that the scenes reasoner has as well."""
@@ -121,24 +126,22 @@ class Residual(nn.Module):
 
 
 class PictureCodes(nn.Module):
-    """The autoencoder: pictures to codes and back. A cell's codes hang on what is near: they are easier to foretell."""
-
-    table: Tensor
+    """The autoencoder: pictures to codes and back. A cell's code hangs on what is near: it is easier to foretell."""
 
     def __init__(self, config: PainterConfig) -> None:
         super().__init__()
         fine, coarse = config.channels
-        self.levels, self.books = config.levels, config.books
+        self.levels = config.levels
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),
             nn.Conv2d(48, fine, 1),
             Residual(fine),
             nn.Conv2d(fine, coarse, 4, 2, 1),
             Residual(coarse, 1),
-            nn.Conv2d(coarse, config.books * len(config.levels), 1),
+            nn.Conv2d(coarse, config.code, 1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(config.books * len(config.levels), coarse, 3, padding=1),
+            nn.Conv2d(config.code, coarse, 3, padding=1),
             Residual(coarse),
             Residual(coarse),
             nn.Conv2d(coarse, 4 * fine, 1),
@@ -148,90 +151,73 @@ class PictureCodes(nn.Module):
         )
         self.cover, self.colour = nn.Conv2d(fine, 16, 1), nn.Conv2d(fine, 3, 1)
         self.ground = nn.Parameter(torch.zeros(1, 3, 1, 1))
-        steps = [torch.linspace(-1, 1, n) for n in config.levels]
-        self.register_buffer("table", torch.cartesian_prod(*steps), persistent=False)
 
     def rounded(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels float [N,3,S,S], -1..1 -> levels [N,C,H,W] with straight-through gradients, codes int64 [N,P]."""
+        """Pixels float [N,3,S,S], -1..1 -> values [N,C,H,W] with straight-through gradients, codes int64 [N,P,C]."""
         smooth = self.encoder(pixels).float().tanh()
-        most = smooth.new_tensor(self.levels * self.books).view(1, -1, 1, 1) - 1
-        digits = ((smooth.detach() + 1) / 2 * most).round()
-        code = torch.zeros_like(digits[:, : self.books])
-        for channel, levels in enumerate(self.levels):
-            code = code * levels + digits[:, channel :: len(self.levels)]
-        return smooth + (digits / most * 2 - 1 - smooth).detach(), code.long().flatten(2).transpose(1, 2).flatten(1)
+        most = self.levels - 1
+        code = ((smooth.detach() + 1) / 2 * most).round()
+        return smooth + (code / most * 2 - 1 - smooth).detach(), code.long().flatten(2).transpose(1, 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels float [N,3,S,S], -1..1 -> the same by way of codes."""
         return self.decode(self.rounded(pixels)[0])
 
-    def decode(self, levels: Tensor) -> Tensor:
-        """Levels [N,C,H,W] -> pixels float [N,3,S,S]: one colour in each 4 x 4 of them, over the ground where it is."""
-        grid = self.decoder(levels)
+    def decode(self, values: Tensor) -> Tensor:
+        """Values [N,C,H,W] -> pixels float [N,3,S,S]: one colour in each 4 x 4 of them, over the ground where it is."""
+        grid = self.decoder(values)
         cover = F.pixel_shuffle(self.cover(grid), 4).sigmoid()
         colour = self.colour(grid).repeat_interleave(4, 2).repeat_interleave(4, 3)
         return self.ground + cover * (colour - self.ground)
 
     def picture(self, codes: Tensor) -> Tensor:
-        """Codes int64 [N,P]; tokens that are none count as the last -> pixels float [N,3,S,S], -1..1."""
-        side = math.isqrt(codes.shape[1] // self.books)
-        levels = self.table[codes.clamp(max=len(self.table) - 1)].unflatten(1, (-1, self.books)).flatten(2)
-        return self.decode(levels.transpose(1, 2).unflatten(2, (side, side))).clamp(-1, 1)
+        """Codes int64 [N,P,C] -> pixels float [N,3,S,S], -1..1."""
+        side = math.isqrt(codes.shape[1])
+        values = codes.to(self.ground.dtype) / (self.levels - 1) * 2 - 1
+        return self.decode(values.transpose(1, 2).unflatten(2, (side, side))).clamp(-1, 1)
 
 
-class CodeWords(CaptionWords):
-    """Tokens and their places; a code is also the levels that make it, so that what codes share is learned once."""
+class Filling(nn.Module):
+    """The code of each cell from a plan: what each thing is, and how far away, made of all things together."""
 
-    levels: Tensor
-
-    def __init__(self, config: PainterConfig) -> None:
-        super().__init__(config.part(config.end + 1, config.length + 1))
-        self.register_buffer("levels", levels_of(config), persistent=False)
-        self.parts = nn.Parameter(torch.randn(self.levels.shape[1], config.width))
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """int64 [N,T] each -> [N,T,D]."""
-        return super().forward(ids, positions) + (self.levels @ self.parts)[ids]
-
-
-class CodeHead(nn.Module):
-    """How likely each token is: by itself and, of a code, by the levels that make it."""
-
-    levels: Tensor
+    middles: Tensor
 
     def __init__(self, config: PainterConfig) -> None:
         super().__init__()
-        self.register_buffer("levels", levels_of(config), persistent=False)
-        self.norm = nn.LayerNorm(config.width)
-        self.whole = nn.Linear(config.width, config.end + 1)
-        self.parts = nn.Linear(config.width, self.levels.shape[1])
+        d, self.config = config.hidden, config
+        self.kind = nn.Embedding(config.end + 1, d)
+        self.across, self.along = (nn.Embedding(2 * config.image_size, d) for _ in range(2))
+        self.each, self.all = nn.Linear(d, d), nn.Linear(d, d)
+        self.code = nn.Linear(d, config.code * config.levels)
+        middle = torch.arange(config.side) * CELL + CELL // 2
+        self.register_buffer("middles", torch.cartesian_prod(middle, middle).flip(1).T, persistent=False)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """[...,D] -> [...,V]."""
-        states = self.norm(states)
-        logits: Tensor = self.whole(states) + self.parts(states) @ self.levels.T
-        return logits
-
-
-def levels_of(config: PainterConfig) -> Tensor:
-    """1 where a token is a code with that level in that channel, float [V,sum of levels]."""
-    every = torch.cartesian_prod(*(torch.arange(n) for n in config.levels))
-    made = torch.cat([F.one_hot(every[:, i], n) for i, n in enumerate(config.levels)], 1).float()
-    return F.pad(made, (0, 0, 0, config.end + 1 - len(made)))
+    def forward(self, plan: Tensor) -> Tensor:
+        """plan int64 [N,T] -> logits [N,P,C,L]."""
+        size = self.config.image_size
+        things = plan.unflatten(1, (-1, len(FIELDS)))
+        what, where = self.kind(things[..., :3]).sum(2), things[..., 3:]
+        away = where.clamp(max=size - 1)[..., None] - self.middles + size  # [N,G,2,P], 0..2S
+        near = self.across(away[:, :, 0]) + self.along(away[:, :, 1]) + what[:, :, None]
+        there = (where[..., 0] < self.config.nowhere).to(near.dtype)
+        seen = (self.each(F.gelu(near)) * there[..., None, None]).sum(1)
+        logits = self.code(F.gelu(self.all(F.gelu(seen))))
+        return logits.unflatten(2, (self.config.code, self.config.levels))
 
 
 class Painter(nn.Module):
-    """A caption's encoder, the decoder of codes that looks at its words, and the autoencoder."""
+    """A caption's encoder, the decoder of plans that looks at its words, what fills in codes, and the autoencoder."""
 
     def __init__(self, config: PainterConfig) -> None:
         super().__init__()
         self.config = config
         self.text_encoder = TextEncoder(config.part(config.vocab_size, config.max_tokens))
-        self.pictures = PictureCodes(config)
+        self.filling, self.pictures = Filling(config), PictureCodes(config)
         shape = config.part(config.end + 1, config.length + 1)
-        self.embed = CodeWords(config)
+        self.embed = CaptionWords(shape)
         self.layers = nn.ModuleList(CaptionLayer(shape) for _ in range(config.layers))
-        self.head = CodeHead(config)
+        self.head = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.end + 1))
+        self.mentioned = nn.Linear(config.width, config.things)  # which thing a word is of: training asks for it
 
     def cross(self, words: Tensor, mask: Tensor) -> tuple[list[Pair], Tensor]:
         """words [N,K,D], mask int64 [N,K] -> keys and values [N,H,K,d] of each layer, what is added to their scores."""
@@ -244,8 +230,11 @@ class Painter(nn.Module):
 
     def forward(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """tokens int64 [N,T], BEGIN first; the caption's ids and mask int64 [N,K] -> logits [N,T,V] of what follows."""
+        return self.follow(tokens, self.text_encoder(input_ids, attention_mask), attention_mask)
+
+    def follow(self, tokens: Tensor, words: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same of encoded words [N,K,D]."""
         length = tokens.shape[1]
-        words = self.text_encoder(input_ids, attention_mask)
         states = self.embed(tokens, torch.arange(length, device=tokens.device).expand_as(tokens))
         mask = torch.full((length, length), -torch.inf).triu(1)
         pairs, bias = self.cross(words, attention_mask)
@@ -256,7 +245,7 @@ class Painter(nn.Module):
 
     @torch.inference_mode()
     def write(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Captions int64 [N,K] -> the likeliest token at each step, int64 [N,places+cells]."""
+        """Captions int64 [N,K] -> plans: the likeliest token at each step, int64 [N,T]."""
         pairs, bias = self.cross(self.text_encoder(input_ids, attention_mask), attention_mask)
         past: list[Pair | None] = [None] * len(pairs)
         token, written = torch.full((len(input_ids), 1), self.config.begin), []
@@ -269,9 +258,12 @@ class Painter(nn.Module):
             written.append(token)
         return torch.cat(written, 1)
 
+    def picture(self, plan: Tensor) -> Tensor:
+        """Plans int64 [N,T] -> pixels float [N,3,S,S], -1..1."""
+        return self.pictures.picture(self.filling(plan).argmax(-1))
+
     @torch.inference_mode()
     def paint(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Captions int64 [N,K] -> pictures uint8 [N,S,S,3]."""
-        codes = self.write(input_ids, attention_mask)[:, self.config.places :]
-        pixels = (self.pictures.picture(codes) + 1) * 127.5
+        pixels = (self.picture(self.write(input_ids, attention_mask)) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -9,7 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -98,6 +98,25 @@ class Reel:
                 made[status, q] = any(e.kind == kind and e.subject == thing.name for e in happened)
             made[5, q] = any(e.kind == "onto" and e.target == thing.name for e in happened)
         return made
+
+    def ago(self, i: int, frame: int) -> Tensor:
+        """Seconds at a frame since something last happened to each name, -1 where nothing has, float32[Q]."""
+        made = torch.full((len(self.names),), -1.0)
+        for event in sorted(self.clips[i].events, key=lambda e: e.frame):
+            if event.frame <= frame:
+                made[self.names.index(event.subject)] = (frame - event.frame) / self.fps
+        return made
+
+    def mentions(self, ids: Tensor) -> Tensor:
+        """Where texts int64[N,T] name a thing: row, place of the name's last word, which name, int64[M,3]."""
+        known = {tuple(self.tokenizer.token_to_id(w) for w in n.split()): q for q, n in enumerate(self.names)}
+        found = [
+            (row, at, known[pair])
+            for row, text in enumerate(ids.tolist())
+            for at, pair in enumerate(pairwise(text), 1)
+            if pair in known
+        ]
+        return torch.tensor(found, dtype=torch.int64).view(-1, 3)
 
     def questions(self, i: int, key: str) -> list[Any]:
         found: list[Any] = self.world.clip_questions(self.clips[i], random.Random(f"{self.seed} {key} {i}"))

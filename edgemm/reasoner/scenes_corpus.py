@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +25,7 @@ INSIDE, OUTSIDE = (
     4.0,
     13.0,
 )  # pixels from a thing's centre to a cell's: up to here it is the thing's; from there nothing's
-NEEDS = ("scenes", "draw", "tones", "caption", "is_true", "hard_negatives", "questions")
+NEEDS = ("scenes", "draw", "tones", "caption", "claims", "is_true", "hard_negatives", "questions")
 
 
 def writing(tokenizer: Tokenizer) -> Tokenizer:
@@ -123,6 +123,53 @@ class ScenesCorpus:
             row[: len(values)] = torch.tensor(values)
         return Texts(ids)
 
+    def holding(self, index: list[int], texts: list[str]) -> Tensor:
+        """1 at the tokens of claims that hold of a scene, 0 where they don't, else UNKNOWN: float32[N,T].
+
+        texts   of each scene of `index` in turn, as many of each
+        """
+        encoded = self.tokenizer.encode_batch(texts)
+        made = torch.full((len(texts), max(len(e.ids) for e in encoded)), float(UNKNOWN))
+        each = len(texts) // len(index)
+        for at, (row, text, tokens) in enumerate(zip(made, texts, encoded, strict=True)):
+            starts = torch.tensor([first if end > first else -1 for first, end in tokens.offsets])
+            for first, end, holds in self.world.claims(text, list(self.scenes[index[at // each]].things)):
+                row[: len(starts)][(starts >= first) & (starts < end)] = float(holds)
+        return made
+
+    def mentions(self, index: list[int], ids: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where texts name a thing by colour and shape, and where it is, nowhere if it is not there.
+
+        index   scenes;  ids int64[N,H,T]  texts of each
+        ->      int64[M,3]: which scene, which text, which token (the shape's); float32[M,P] its cells, UNKNOWN at
+                edges; int64[M,2] its column and row, UNKNOWN if it is not there
+        """
+        where, cells, places = [], [], []
+        for n, (i, texts) in enumerate(zip(index, ids.tolist(), strict=True)):
+            things = self.scenes[i].things
+            known = {t.name: (own, t.cell) for t, own in zip(things, self._cells(i, side), strict=True)}
+            nothing = torch.zeros(side * side), (int(UNKNOWN), int(UNKNOWN))
+            for k, text in enumerate(texts):
+                for at, pair in enumerate(pairwise(text), 1):
+                    if (name := self._names.get(pair)) is not None:
+                        own, place = known.get(name, nothing)
+                        where.append((n, k, at))
+                        cells.append(own)
+                        places.append(place)
+        return torch.tensor(where), torch.stack(cells), torch.tensor(places)
+
+    def _cells(self, scene: int, side: int) -> list[Tensor]:
+        """For each thing of a scene the cells that are its own: float32[P], 1, 0 or UNKNOWN."""
+        size = self.images.shape[2] / side
+        centres = (torch.arange(side) + 0.5) * size
+        made = []
+        for thing in self.scenes[scene].things:
+            away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
+            own = torch.where(away < OUTSIDE, float(UNKNOWN), 0.0)
+            own[away <= max(INSIDE, size / 2)] = 1.0
+            made.append(own)
+        return made
+
     def captions(self, index: list[int]) -> list[str]:
         return [self.world.caption(self.scenes[i]) for i in index]
 
@@ -169,18 +216,21 @@ class ScenesCorpus:
 
     def grid(self, index: list[int], side: int) -> Tensor:
         """What stands in each cell of a `side` x `side` grid: float32[N,P,C], UNKNOWN where a thing's edge may be."""
-        size = self.images.shape[2] / side
-        centres = (torch.arange(side) + 0.5) * size
         made = torch.zeros(len(index), side * side, len(self.concepts))
         for row, i in zip(made, index, strict=True):
-            for thing in self.scenes[i].things:
-                away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
-                row[away < OUTSIDE] = UNKNOWN
-            for thing in self.scenes[i].things:
-                away = torch.maximum((centres[:, None] - thing.y).abs(), (centres[None] - thing.x).abs()).flatten()
+            cells = self._cells(i, side)
+            row[torch.stack(cells).amin(0) == UNKNOWN] = UNKNOWN
+            for thing, own in zip(self.scenes[i].things, cells, strict=True):
                 named = [float(c in (thing.colour, thing.shape, thing.size)) for c in self.concepts]
-                row[away <= max(INSIDE, size / 2)] = torch.tensor(named)
+                row[own == 1] = torch.tensor(named)
         return made
+
+    @cached_property
+    def _names(self) -> dict[tuple[int, int], str]:
+        """The ids of a colour and a shape -> what a thing of both is called."""
+        ids = {word: i for word, i in self.tokenizer.get_vocab().items() if word in self.concepts}
+        things = [t for scene in self.scenes for t in scene.things]
+        return {(ids[t.colour], ids[t.shape]): t.name for t in things}
 
     @cached_property
     def _places(self) -> dict[str, int]:

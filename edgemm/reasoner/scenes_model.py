@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgemm.reasoner.alignment import Contrast
 from edgemm.reasoner.captioner import Captioner
 from edgemm.reasoner.config import MODALITIES, ScenesConfig
 from edgemm.reasoner.encoders import AudioEncoder, ImageEncoder, TextEncoder
+from edgemm.reasoner.fusion import ABSENT
 from edgemm.reasoner.levels import Level
 
 
@@ -28,6 +30,20 @@ class Reasoned:
     words: list[Tensor]
     logits: list[Tensor]
     gates: Tensor
+
+
+class Match(nn.Module):
+    """Does a text belong to what its words looked at? As little as its least true word does."""
+
+    def __init__(self, config: ScenesConfig) -> None:
+        super().__init__()
+        self.word = nn.Linear(config.width, 1)
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """words [B,T,D] of level 1, mask int64 [B,T] -> logits [B,2]: it doesn't, it does."""
+        held = self.word(words)[..., 0] + (1 - mask.to(words.dtype)) * -ABSENT
+        least = mask.to(words.dtype).sum(1).log() - torch.logsumexp(-held, 1)  # 0 of words that are all 0
+        return torch.stack([torch.zeros_like(least), least], 1)
 
 
 class ScenesReasoner(nn.Module):
@@ -42,7 +58,7 @@ class ScenesReasoner(nn.Module):
         self.contrast = Contrast(config)
         self.no_question = nn.Parameter(torch.randn(1, 1, config.width) * 0.5)
         self.levels = nn.ModuleList(Level(config, i) for i in range(len(config.levels)))
-        self.match = nn.Linear(config.width, 2)
+        self.match = Match(config)
         self.captioner = Captioner(config)
 
     def forward(
@@ -96,8 +112,8 @@ class Given(nn.Module):
 
     def __init__(self, model: ScenesReasoner) -> None:
         super().__init__()
-        self.no_question = model.no_question
-        self.least = max(1, model.config.top_k)
+        self.no_question, self.tokens = model.no_question, model.config.question_tokens
+        self.keys = {"image": model.config.patches, "audio": max(1, model.config.top_k)}
 
     def forward(
         self,
@@ -108,16 +124,16 @@ class Given(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens [B,T,D], [B,P,D], [B,F,D] -> question, question_mask, image_keys, audio_keys, present [B,M].
 
-        The keys of an absent modality are zeros, as few as the levels take, and count for nothing.
+        What is absent is zeros that count for nothing: as many words and cells as there may be, as few audio frames.
         """
         tokens = next(t for t in (text_tokens, image_tokens, audio_tokens) if t is not None)
         batch, width = tokens.shape[0], tokens.shape[2]
         if text_tokens is None or attention_mask is None:
-            question, mask = self.no_question.expand(batch, -1, -1), torch.ones(batch, 1, dtype=torch.int64)
+            question = F.pad(self.no_question, (0, 0, 0, self.tokens - 1)).expand(batch, -1, -1)
+            mask = F.pad(torch.ones(batch, 1, dtype=torch.int64), (0, self.tokens - 1))
         else:
             question, mask = text_tokens, attention_mask
         given = dict(zip(MODALITIES, (image_tokens, audio_tokens), strict=True))
-        none = torch.zeros(batch, self.least, width)
-        image, audio = (none if t is None else t for t in given.values())
+        image, audio = (torch.zeros(batch, self.keys[m], width) if t is None else t for m, t in given.items())
         present = torch.tensor([[float(t is not None) for t in given.values()]]).expand(batch, -1)
         return question.clone(), mask.clone(), image.clone(), audio.clone(), present.clone()

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemm.artifact import write_atomic
 from edgemm.console import log, progress
@@ -70,6 +69,8 @@ class _Run:
         self.encoders = nn.ModuleDict(
             {"text": model.text_encoder, "image": model.image_encoder, "audio": model.audio_encoder}
         )
+        for made in (model.text_encoder.bert, model.audio_encoder.wav2vec2):
+            made.set_attn_implementation("eager")  # as model.attend does in training
         self.frozen: set[str] = set()
         self.cached: dict[str, Tensor] = {}
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1}
@@ -146,6 +147,8 @@ class _Run:
     def finish(self) -> None:
         """The weights of the best epoch, each exit's confidence made true on scenes that were not learned from."""
         self.model.load_state_dict(self.best["model"])
+        for made in (self.model.text_encoder.bert, self.model.audio_encoder.wav2vec2):
+            made.set_attn_implementation("sdpa")
         calibrate(self.model.eval(), self.corpus, self.recipe.exit_loss)
 
     def freeze(self) -> None:
@@ -191,8 +194,7 @@ class _Run:
             rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * rate
-            # The fused kernel's backward pass takes six times as long in bfloat16 on CPUs (torch 2.13).
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16), sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 keys = self.keys(part)
                 if stage == "alignment":
                     loss = self.losses.alignment(part, keys, rng)

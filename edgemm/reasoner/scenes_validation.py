@@ -62,7 +62,7 @@ def validate(model: ScenesReasoner, corpus: ScenesCorpus) -> Figures:
         texts.append(model.contrast.pools["text"](words, said.mask).unflatten(0, (len(part), 1 + WRONG)))
         pictures.append(model.contrast.pools["image"](tokens))
         read = model.reason(words, said.mask, {"image": tokens}, levels=1).words[0]
-        matched.append(model.match(read[:, 0]).diff(dim=1).unflatten(0, (len(part), 1 + WRONG))[..., 0])
+        matched.append(model.match(read, said.mask)[:, 1].unflatten(0, (len(part), 1 + WRONG)))
         for i, ids in zip(part, model.captioner.write(tokens), strict=True):
             true += corpus.world.is_true(corpus.tokenizer.decode(ids), list(corpus.scenes[i].things))
     text, picture, match = torch.cat(texts), torch.cat(pictures), torch.cat(matched)

@@ -6,6 +6,7 @@ K cells that are kept of it, C channels of the grid, T words, A answers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgemm.reasoner.config import ScenesConfig
-from edgemm.reasoner.encoders import TextEncoder, time_signal
+from edgemm.reasoner.encoders import TextEncoder, grid_signal
 from edgemm.reasoner.memory import Look, RecurrentMemory, Resampler
 from edgemm.reasoner.model import additive_mask
 
@@ -76,6 +77,16 @@ class WatcherConfig:
         )
 
 
+def time_signal(times: Tensor, width: int) -> Tensor:
+    """Seconds float [...] -> sines and cosines [..., width] of periods from 0.1 s to 1,000 s.
+
+    Vaswani et al. 2017, of seconds and not of positions: frames need not be evenly spaced.
+    """
+    periods = 0.1 * 10_000 ** torch.linspace(0, 1, width // 2, device=times.device)
+    angles = 2 * math.pi * times[..., None] / periods
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 class FrameEncoder(nn.Module):
     """Convolutions to a grid of one cell for 8 x 8 pixels.
 
@@ -106,7 +117,8 @@ class Watcher(nn.Module):
         sizes = config.width, config.heads, config.ffn_ratio
         self.frame_encoder = FrameEncoder(config)
         self.project = nn.Linear(config.channels, config.width)
-        self.place = nn.Embedding(config.side**2, config.width)
+        self.place = nn.Embedding.from_pretrained(grid_signal(config.side, config.width)[0], freeze=False)
+        self.turn = nn.Parameter(torch.randn(config.chunk, 1, config.width) * 0.5)  # which frame of its chunk
         self.moment = nn.Linear(config.width, config.width)
         self.resampler = Resampler(*sizes, config.latents, config.resampler_layers)
         self.memory = RecurrentMemory(*sizes, config.slots)
@@ -115,6 +127,7 @@ class Watcher(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.answer = nn.Linear(config.width, len(config.answers))
         self.tell = nn.Linear(config.width, len(STATUSES) * len(config.names))
+        self.recall = nn.Linear(config.width, len(STATUSES) + 1)
 
     def empty(self, clips: int) -> Tensor:
         """The state of a memory that has seen nothing, [N,M,D]."""
@@ -131,7 +144,7 @@ class Watcher(nn.Module):
 
         Cells that the frame encoder takes for empty are hardly looked at.
         """
-        moments = self.moment(time_signal(times, self.config.width))[:, :, None]
+        moments = self.moment(time_signal(times, self.config.width))[:, :, None] + self.turn
         there = F.logsigmoid(self.frame_encoder.there(tokens)[..., 0]).flatten(1).detach()
         latents = self.resampler((self.project(tokens) + self.place(cells) + moments).flatten(1, 2), there)
         after: Tensor = self.memory(state, latents)
@@ -158,17 +171,24 @@ class Watcher(nn.Module):
         logits: Tensor = self.tell(self.norm(self.memory.slots(state))).logsumexp(1)
         return logits.unflatten(1, (len(STATUSES), -1))
 
-    def read(self, words: Tensor, mask: Tensor, state: Tensor) -> Tensor:
-        """words [N,T,D] of a question, their mask int64 [N,T], the state -> logits [N,A].
+    def recalled(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Words that have looked [...,D] -> what a name's word tells of its thing in training: logits [...,STATUSES],
+        and the logarithm [...] of one and the seconds since something last happened to it."""
+        told: Tensor = self.recall(self.norm(words))
+        return told[..., :-1], told[..., -1]
 
-        Words look at the memory and at each other in turn; the first one answers.
-        """
+    def read(self, words: Tensor, mask: Tensor, state: Tensor) -> Tensor:
+        """words [N,T,D] of a question, their mask int64 [N,T], the state -> logits [N,A]; the first word answers."""
+        logits: Tensor = self.answer(self.norm(self.look(words, mask, state)[:, 0]))
+        return logits
+
+    def look(self, words: Tensor, mask: Tensor, state: Tensor) -> Tensor:
+        """words [N,T,D] that look at the memory and at each other in turn -> [N,T,D]."""
         slots, hidden = self.memory.slots(state), additive_mask(mask, words.dtype)
         for reader, mixer in zip(self.readers, self.mixers, strict=True):
             words = reader(words, slots)
             words = mixer(words, words, hidden)
-        logits: Tensor = self.answer(self.norm(words[:, 0]))
-        return logits
+        return words
 
     def forward(self, frames: Tensor, times: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """frames [N,F,3,S,S] of whole clips, in chunks of their own; times [N,F]; a question each -> logits [N,A]."""

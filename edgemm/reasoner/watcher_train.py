@@ -67,7 +67,7 @@ class _Run:
 
     def __init__(self, model: Watcher, reel: Reel, recipe: TrainWatcher, seed: int, out: Path) -> None:
         self.model, self.reel, self.recipe, self.seed, self.out = model, reel, recipe, seed, out
-        self.tokens = self.cells = self.told = self.stills = self.grids = torch.zeros(0)
+        self.tokens = self.cells = self.told = self.ago = self.stills = self.grids = torch.zeros(0)
         self.left = torch.zeros(0)  # what the clips before left in the memory
         self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
         if self.checkpoint is None:
@@ -149,6 +149,7 @@ class _Run:
         chunks = [(int(at[0]), int(at[-1])) for at in self.model.chunks(self.tokens.shape[1])]
         told = [torch.stack([reel.told(i, stop, start) for start, stop in chunks]) for i in reel.training]
         self.told = torch.stack(told).bool()
+        self.ago = torch.stack([torch.stack([reel.ago(i, stop) for _, stop in chunks]) for i in reel.training])
 
     def seen(self, part: list[int]) -> Tensor:
         """How far what the frame encoder tells of each cell is from what stands there."""
@@ -164,7 +165,7 @@ class _Run:
         return where + (what * there).sum() / there.sum().clamp(min=1)
 
     def answered(self, part: list[int], key: str) -> Tensor:
-        """How unlikely the right answers are, and what the memory tells wrongly after each chunk."""
+        """How unlikely the right answers are, and what memory and names tell wrongly after each chunk."""
         model, reel, rng = self.model, self.reel, random.Random(f"{self.seed} {key} {part}")
         tokens, cells, told = self.tokens[part].float(), self.cells[part].long(), self.told[part].float()
         goes_on = torch.rand(len(part)) < (GOES_ON if len(self.left) else 0.0)
@@ -186,8 +187,16 @@ class _Run:
         ids, mask = reel.encode([q.text for q in asked])
         right = torch.tensor([reel.answers.index(q.answer) for q in asked])
         seen = torch.cat(states).repeat_interleave(ASKED, 0)
-        logits = model.read(model.text_encoder(ids, mask), mask, seen)
-        return F.cross_entropy(logits, right) + TOLD * wrong
+        words = model.look(model.text_encoder(ids, mask), mask, seen)
+        row, at, name = reel.mentions(ids).unbind(1)
+        said, ago = model.recalled(words[row, at])
+        clip, chunk = row // ASKED % len(part), row // ASKED // len(part)
+        happened = self.ago[part][clip, chunk, name]
+        wrong = wrong + F.binary_cross_entropy_with_logits(said, told[clip, chunk, :, name])
+        wrong = (
+            wrong + (F.smooth_l1_loss(ago, happened.clamp(min=0).log1p(), reduction="none") * (happened >= 0)).mean()
+        )
+        return F.cross_entropy(model.answer(model.norm(words[:, 0])), right) + TOLD * wrong
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """The .edgemm file: one zip, written the same way every time and checked whole before anything is used.
 
 A bundle is a zip archive of members in this order: manifest.json, then the payload by name, with fixed
-times. A member is stored as it is, or deflated where that pays: weights that are zero in many places.
+times. A member is stored as it is, or deflated where that pays: XML, and weights that are zero in many places.
 Its archive comment is `edgemm-bundle sha256=` and the SHA-256, in hex, of every byte of the file before
 those 64 digits. Members decide every other byte, so that a reader need not understand what zip allows
 beyond this: a file of another layout (links, zip64, gaps) is refused.

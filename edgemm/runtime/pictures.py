@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +13,21 @@ from PIL import Image
 URI = "data:image/png;base64,"
 
 
-def codes_of(ids: Sequence[int], picture: Mapping[str, Any]) -> NDArray[np.int64]:
-    """The ids that are codes -> int64[1,count], the last one again for those that a decoder left out.
+def whole(ids: Sequence[int], count: int) -> NDArray[np.int64]:
+    """The ids of a picture -> int64[1,count], the last one again for those that a decoder left out."""
+    made = np.array([*ids[:count]] or [0], np.int64)
+    return np.pad(made, (0, count - len(made)), mode="edge")[None]
 
-    picture   program.json's, see program.Picture
-    """
-    codes = np.array([*ids[picture["first"] : picture["first"] + picture["count"]]] or [0], np.int64)
-    return np.pad(codes, (0, picture["count"] - len(codes)), mode="edge")[None]
+
+def pixels(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32[3,H,W], RGB, -1..1 -> uint8[H,W,3]; what is outside counts as the nearest inside."""
+    return ((picture.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
 
 
 def png(picture: NDArray[np.float32]) -> bytes:
-    """float32[3,H,W], RGB, -1..1, as a PNG; what is outside counts as the nearest inside."""
-    pixels = ((picture.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    """float32[3,H,W], RGB, -1..1, as a PNG."""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels(picture)).save(out, "PNG")
     return out.getvalue()
 
 

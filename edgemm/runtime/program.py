@@ -96,14 +96,13 @@ class Embeddings(Strict):
 
 
 class Picture(Strict):
-    """What becomes of the ids that a decoder made: `codes` int64[B,count], of which a component makes `tensor`.
+    """What becomes of the ids that a decoder made: `ids` int64[B,count], of which a component makes `tensor`.
 
-    tensor   float32[B,3,H,W], RGB, -1..1;  first  ids before it say other things, and are left out
+    tensor   float32[B,3,H,W], RGB, -1..1
     """
 
-    codes: Name = "codes"
+    ids: Name
     tensor: Name = "picture"
-    first: int = Field(0, ge=0, le=1 << 20)
     count: Size
 
 
@@ -120,7 +119,7 @@ class Generation(Strict):
     prompt             ids that every text begins with; `text_prompt`: the query's text follows them
     eos                ids that end a text;  suppress, suppress_first  ids never made, and not made first
     beams              width of the beam search, 1 is greedy; `length_penalty` as transformers has it
-    picture            of models whose ids are a picture's codes and no words
+    picture            of models whose ids tell of a picture and are no words
     """
 
     kind: Literal["generation"] = "generation"
@@ -238,7 +237,7 @@ class Program(Strict):
                 raise ValueError(f"nothing makes the input {min(missing)!r} of {component.name}")
             known |= {p.name for p in component.outputs}
             if isinstance(output, Generation) and output.picture and component.name == output.decoder:
-                known.add(output.picture.codes)
+                known.add(output.picture.ids)
         self._check_image({p.name: p for c in self.components for p in c.inputs})
         ports = {p.name: p for c in self.components for p in c.outputs}
         if missing := output.needs - ports.keys():
@@ -265,7 +264,7 @@ class Program(Strict):
                     pass
                 case shape:
                     raise ValueError(f"{past} is {list(shape)}, not [batch, heads, slots, width]")
-        if output.picture and output.max_new_tokens != output.picture.first + output.picture.count:
+        if output.picture and output.max_new_tokens != output.picture.count:
             raise ValueError(f"max_new_tokens is {output.max_new_tokens}, which is not what a picture has")
         vocabulary = next(p.shape[-1] for p in decoder.outputs if p.name == output.logits)
         if isinstance(vocabulary, int) and max(output.prompt) >= vocabulary:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemm.errors import InputError
+from edgemm.runtime.few_shot import FewShot
 from edgemm.runtime.preprocess import read_boxes
 from edgemm.runtime.query import Query, query_of
 from edgemm.runtime.session import MAX_BATCH, Session
@@ -99,7 +100,7 @@ def _with(query: Query, files: Mapping[str, Path]) -> Query:
     return replace(query, **dict[str, Any](files))
 
 
-def answers(session: Session, rows: Iterable[Row], at_once: int = MAX_BATCH) -> Iterator[dict[str, Any]]:
+def answers(session: Session | FewShot, rows: Iterable[Row], at_once: int = MAX_BATCH) -> Iterator[dict[str, Any]]:
     """The line of each row, in order: its label, then the answer, or `error` and `fix`.
 
     at_once  rows that are read before the first of them is answered
@@ -113,7 +114,7 @@ def answers(session: Session, rows: Iterable[Row], at_once: int = MAX_BATCH) -> 
             yield row.label | found if isinstance(found, dict) else row.label | _failure(found)
 
 
-def _each(session: Session, queries: list[Query]) -> list[dict[str, Any] | InputError]:
+def _each(session: Session | FewShot, queries: list[Query]) -> list[dict[str, Any] | InputError]:
     """All together; one by one where one of them is at fault."""
     try:
         for query in queries:

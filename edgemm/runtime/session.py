@@ -23,7 +23,7 @@ from edgemm.runtime.component import Compile, components
 from edgemm.runtime.exits import exits, leave
 from edgemm.runtime.generation import pieces, tokens
 from edgemm.runtime.media import Media
-from edgemm.runtime.pictures import codes_of, uri
+from edgemm.runtime.pictures import pixels, uri, whole
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Answer, Array, Call, Encoded, Outputs, Query, Tensors, answer_of, query_of
 from edgemm.runtime.recurrence import read_chunks
@@ -126,11 +126,12 @@ class Session:
         """What metrics judge, of all queries in order; edgemm/metrics/__init__.py lists it by output kind."""
         kind = self.output["kind"]
         if kind in ("generation", "transcript"):  # a few at a time: what a text is made of is megabytes
-            texts = []
+            made: list[dict[str, Any]] = []
             for start in range(0, len(queries), MAX_BATCH):
                 chunk = queries[start : start + MAX_BATCH]
-                texts += [self._text_of(q, r) for q, r in zip(chunk, self._evaluate(chunk), strict=True)]
-            return {"text": np.array(texts)}
+                made += [self._made(q, r) for q, r in zip(chunk, self._evaluate(chunk), strict=True)]
+            found = ("text", "picture") if self.output.get("picture") else ("text",)
+            return {name: np.array([m[name] for m in made]) for name in found}
         rows = self._evaluate(queries)
         if kind == "labels":
             logits = np.concatenate([r[self.output["tensor"]] for r in rows])
@@ -205,7 +206,7 @@ class Session:
     def picture(self, ids: Sequence[int]) -> Array:
         """What the model makes of the ids of its decoder, float32[3,H,W], -1..1; of models that make pictures."""
         spec = self.output["picture"]
-        made: Array = self.infer({spec["codes"]: codes_of(ids, spec)})[spec["tensor"]][0]
+        made: Array = self.infer({spec["ids"]: whole(ids, spec["count"])})[spec["tensor"]][0]
         return made
 
     def _evaluate(self, queries: Sequence[Query]) -> list[dict[str, Array]]:
@@ -257,6 +258,13 @@ class Session:
         picture = self.picture(self.generate(known, query.text))
         return Answer(uri(picture), None, {self.output["picture"]["tensor"]: picture})
 
+    def _made(self, query: Query, known: Tensors) -> dict[str, Any]:
+        """The text; of a picture its pixels, and its ids as words: metrics of words count those that differ."""
+        if not (spec := self.output.get("picture")):
+            return {"text": self._text_of(query, known)}
+        ids = self.generate(known, query.text)
+        return {"text": " ".join(map(str, whole(ids, spec["count"])[0].tolist())), "picture": pixels(self.picture(ids))}
+
     def _text_of(self, query: Query, known: Tensors) -> str:
         if self.output["kind"] == "transcript":
             ids = known[self.output["tensor"]][0].argmax(-1)
@@ -264,8 +272,6 @@ class Session:
             ids = kept[kept != self.output["blank"]].tolist()
         else:
             ids = self.generate(known, query.text)
-            if spec := self.output["picture"]:  # codes as words, so that metrics of words count those that differ
-                return " ".join(map(str, codes_of(ids, spec)[0].tolist()))
         return self._written(query, ids)
 
     def _texts(self, query: Query, known: Tensors) -> Iterator[str]:

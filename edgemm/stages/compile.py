@@ -65,8 +65,7 @@ def shapes_of(program: dict[str, Any], target: Target, where: str) -> dict[str, 
     Fixed shapes by input where the target is static; for TensorRT optimization profiles, fixed or not.
     """
     if target.static:
-        for component in program["components"]:
-            fix_shapes(component, program)
+        fix_shapes(program)
     if target.dialect == "tensorrt":
         output = plugins.validate(Program, program, where).output.model_dump()
         program["profiles"] = profiles(program["components"], output, target)

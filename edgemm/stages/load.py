@@ -14,7 +14,8 @@ from edgemm.artifact import Artifact, build, sha256_file
 from edgemm.console import log
 from edgemm.data import Sample, digest, split
 from edgemm.errors import InputError
-from edgemm.models import find_family, model_files, open_fp32, read_model, resolve, tokenizer_of, whole_program
+from edgemm.models import find_family, model_files, open_fp32, read_model, tokenizer_of, whole_program
+from edgemm.models._sources import resolve
 from edgemm.recipe import Recipe
 
 
@@ -26,7 +27,7 @@ def load(recipe: Recipe, runs: Path) -> Artifact:
     str[n]; targets str[n], "" where there is none; and the model's outputs (edgemm/metrics/__init__.py:
     Outputs), each key with "out." before it.
     """
-    directory = resolve(recipe.model, recipe.inputs, runs)
+    directory = resolve(recipe.model, recipe.inputs, runs, recipe.task)
     family = find_family(directory)
     calibration, verification = split(
         recipe, cache(lambda: whole_program(family, read_model(family, directory), directory))

@@ -19,7 +19,7 @@ from edgemm.levels import simulation
 from edgemm.recipe import Recipe
 from edgemm.report.bom import bill_of_materials
 from edgemm.report.schema import TargetReport
-from edgemm.runtime.archive import sparse
+from edgemm.runtime.archive import deflatable
 from edgemm.runtime.bundle import write_bundle
 from edgemm.runtime.query import Array
 from edgemm.runtime.session import Session, open_directory
@@ -101,7 +101,7 @@ def package(
 
 def deflater(files: Mapping[str, bytes]) -> dict[str, str]:
     """The version of zlib, where a bundle of these files has bytes that it makes: who rebuilds it needs the same."""
-    return {"zlib": zlib.ZLIB_RUNTIME_VERSION} if any(sparse(content) for content in files.values()) else {}
+    return {"zlib": zlib.ZLIB_RUNTIME_VERSION} if any(deflatable(content) for content in files.values()) else {}
 
 
 def golden(samples: list[Sample], session: Session) -> dict[str, bytes]:

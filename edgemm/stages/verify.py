@@ -31,6 +31,7 @@ from edgemm.report.schema import (
     TargetReport,
 )
 from edgemm.runtime import measure
+from edgemm.runtime.archive import pack
 from edgemm.runtime.query import Encoded, Query, Tensors
 from edgemm.runtime.session import Session, open_directory
 from edgemm.target import Target
@@ -210,8 +211,9 @@ def torch_p50_ms(
 
 
 def component_bytes(engine: Artifact) -> int:
-    """Bytes of the compiled components, without tokenizer and program.json."""
-    return sum(f.size_bytes for n, f in engine.manifest.files.items() if n not in ("tokenizer.json", "program.json"))
+    """Bytes that the compiled components take in a bundle, without tokenizer and program.json."""
+    names = engine.manifest.files.keys() - {"tokenizer.json", "program.json"}
+    return sum(len(pack(name, (engine.path / name).read_bytes()).data) for name in names)
 
 
 def percentiles(times: NDArray[np.float64]) -> Percentiles:

@@ -298,6 +298,14 @@ def test_a_deflated_member_is_read_and_other_readers_agree(tmp_path: Path) -> No
     assert zipfile.ZipFile(tmp_path / "m.edgemm").read("fusion.bin") == SPARSE
 
 
+@pytest.mark.parametrize(("begin", "packed"), [(b"<?xml", True), (b"<net>", False)])
+def test_xml_is_deflated(begin: bytes, packed: bool, tmp_path: Path) -> None:
+    text = begin + "".join(f'<layer id="{i}" name="{DRAWN.random()}"/>' for i in range(3000)).encode()
+    (tmp_path / "m.edgemm").write_bytes(write_bundle(MANIFEST, {"fusion.xml": text}))
+    assert (len((tmp_path / "m.edgemm").read_bytes()) < len(text)) is packed
+    assert read_bundle(tmp_path / "m.edgemm").files == {"fusion.xml": text}
+
+
 @pytest.mark.parametrize(
     ("data", "size"),
     [

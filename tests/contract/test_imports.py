@@ -52,6 +52,7 @@ SHARED = (
     "edgemm.models._graph",
     "edgemm.models._hidden_units",
     "edgemm.models._key_tokens",
+    "edgemm.models._sources",
     "edgemm.data",
 )  # the dataclasses that plug-ins and stages hand to each other
 
@@ -136,11 +137,11 @@ def may_import(module: str, imported: str) -> bool:
         if own == "stages" and other in ("recording", "recovery", "simulation"):
             return True
         return other in shared or imported in SHARED or imported == module
-    tops = ("pipeline", "inspection", "conformance", "device_report", "triton", "oci")
+    tops = ("pipeline", "inspection", "conformance", "device_report", "few_shot", "scorecard", "triton", "oci")
     if own in ("search", "tuning", "trials", "kernels", "ceiling"):
         return other not in tops
     if own in tops:
-        return other not in tops or (own, other) == ("conformance", "inspection")
+        return other not in tops or (own, other) in (("conformance", "inspection"), ("inspection", "scorecard"))
     return own in ("cli", "edgemm", "edgemm.__main__")
 
 
@@ -397,6 +398,13 @@ def outputs_of(kind: str, n: int = 60) -> tuple[dict[str, Any], dict[str, Any], 
         rows = np.eye(n, dtype=np.float32)
         wrong = {"image": rows, "text": np.roll(rows, 20, 0)}
         return {"image": rows, "text": rows.copy()}, wrong, [str(i) for i in range(n)]
+    if kind == "picture":
+        scenes = plugin("data", "scenes")
+        drawn = [scene for scene, _ in zip(scenes.scenes("test", 0), range(n), strict=False)]
+        pictures = np.stack([scenes.draw(scene) for scene in drawn])
+        codes = np.array([f"{i} {i + 1}" for i in range(n)])
+        wrong = {"text": np.array(["700 800"] * n), "picture": np.roll(pictures, 1, 0)}
+        return {"text": codes, "picture": pictures}, wrong, [scenes.caption(scene) for scene in drawn]
     right = [f"please press {words[i % 5]} for room number {i}" for i in range(n)]
     return {"text": np.array(right)}, {"text": np.array(["quite another thing"] * n)}, right
 
@@ -434,7 +442,7 @@ def test_metric_names_its_unit_and_the_outputs_that_it_judges(name: str) -> None
     metric = plugin("metrics", name)
     assert isinstance(metric.UNIT, str)
     assert metric.UNIT
-    assert set(metric.OUTPUTS) <= {"labels", "embeddings", "generation", "transcript", "features"}
+    assert set(metric.OUTPUTS) <= {"labels", "embeddings", "generation", "transcript", "picture", "features"}
     assert metric.OUTPUTS
     assert {type(getattr(metric, flag, False)) for flag in ("ERROR", "NEEDS_TARGETS")} == {bool}
 
@@ -449,9 +457,10 @@ def test_data_has_two_splits_of_samples_that_exist_and_no_third(name: str) -> No
         assert all(type(s) is Sample for s in samples)
         assert len({s.id for s in samples}) == len(samples) > 0
         assert all(s.text.strip() and s.label and s.kind for s in samples)
-        images = {s.image for s in samples[:: max(1, len(samples) // 50)]}
-        assert all(image if isinstance(image, bytes) else image.is_file() for image in images)
-    assert not {s.image for s in train} & {s.image for s in test}, "what is tuned on is not judged on"
+        media = {s.image or s.audio for s in samples[:: max(1, len(samples) // 50)]}
+        assert all(medium if isinstance(medium, bytes) else medium and medium.is_file() for medium in media)
+    seen, judged = ({m for s in samples for m in (s.image, s.audio) if m} for samples in (train, test))
+    assert not seen & judged, "what is tuned on is not judged on"
     assert data.samples("test") == test, "in the same order each time"
     with pytest.raises(InputError, match="validation"):
         data.samples("validation")

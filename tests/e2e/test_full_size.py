@@ -69,6 +69,22 @@ def test_a_full_size_checkpoint_goes_all_the_way(
             show(f"{name}, {what}", report)
 
 
+@pytest.mark.full
+def test_the_scenes_reasoner_at_full_size(edgemm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BERT base, ResNet-50, wav2vec 2.0 base and levels of width 768 in INT8, all modalities given."""
+    directory, out = checkpoints.write_scenes(tmp_path / "scenes", checkpoints.FULL_SCENES), tmp_path / "out"
+    arguments = ("--data", "random:8", "--target", "x86-openvino", "-o", out, "--json")
+    done = edgemm("compress", directory, *arguments, *UNGATED, *QUICK, timeout=3600)
+    assert done.returncode == 5, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    (target,) = report["targets"]
+    levels = [f"level_{n}" for n in (1, 2, 3)]
+    names = ["image_encoder", "text_encoder", "audio_encoder", "given_text_image_audio", *levels]
+    assert [row["name"] for row in target["latency"]["components"]] == names
+    with capsys.disabled():
+        show("scenes reasoner, INT8", report)
+
+
 def show(what: str, report: dict[str, Any]) -> None:
     """A row a component, and one of them all."""
     (target,) = report["targets"]

@@ -20,7 +20,8 @@ from typer.testing import CliRunner, Result
 from edgemm import plugins
 from edgemm.cli import build_app
 from edgemm.errors import InputError
-from edgemm.models import find_family, read_model, resolve, whole_program
+from edgemm.models import find_family, read_model, whole_program
+from edgemm.models._sources import resolve
 from edgemm.runtime import audio
 from tests import checkpoints
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from edgemm.cli import build_app
 from edgemm.data.noise import samples
 from edgemm.errors import InputError
-from edgemm.models import find_family, open_fp32, read_model, resolve
+from edgemm.models import find_family, open_fp32, read_model
+from edgemm.models._sources import resolve
 from edgemm.runtime.session import Session
 
 NEWEST = onnx.defs.onnx_opset_version()

@@ -298,7 +298,8 @@ def test_repair_of_a_dead_block_is_finite() -> None:
 def real() -> tuple[Reasoner, Any, Any]:
     """The shipped model, 48 questions to calibrate on and 48 about other pictures to judge by."""
     from edgemm.data.easy_vqa import samples
-    from edgemm.models import EMBEDDED, open_fp32
+    from edgemm.models import open_fp32
+    from edgemm.models._sources import EMBEDDED
 
     directory = EMBEDDED["reasoner"]
     train = samples("train")

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,32 @@ from edgemm.artifact import write_atomic
 from edgemm.data import easy_vqa, scenes
 from edgemm.errors import InputError
 from edgemm.models import _graph, find_family, open_fp32, read_model, scenes_painter, whole_program
+from edgemm.plugins import plugin
 from edgemm.reasoner import painter_train as training
+from edgemm.reasoner.album import Album, as_told, plainest
 from edgemm.reasoner.painter import Painter, PainterConfig, PictureCodes
-from edgemm.reasoner.painter_train import Album, train_painter
+from edgemm.reasoner.painter_train import train_painter
 from edgemm.reasoner.recogniser import Recogniser, as_pixels, train_recogniser
 from edgemm.recipe import TrainPainter
-from edgemm.runtime.pictures import URI, codes_of, png
+from edgemm.runtime.pictures import URI, png, whole
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import open_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL: dict[str, Any] = {"width": 32, "text_layers": 1, "layers": 2, "channels": (8, 16), "levels": (3, 2)}
+SMALL: dict[str, Any] = {
+    "width": 32,
+    "text_layers": 1,
+    "layers": 2,
+    "channels": (8, 16),
+    "code": 4,
+    "levels": 3,
+    "hidden": 16,
+}
 
 
 def build(album: Album, **changes: Any) -> Painter:
     torch.manual_seed(0)
-    config = PainterConfig(album.tokenizer.get_vocab_size(), **{**SMALL, **changes})
+    config = PainterConfig(album.tokenizer.get_vocab_size(), album.kinds, 3, **{**SMALL, **changes})
     model = Painter(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" not in name:
@@ -61,30 +72,36 @@ def directory(album: Album, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_codes_are_the_nearest_levels_and_lead_back_to_them(album: Album, model: Painter) -> None:
-    pixels = album.pixels([0, 1, 2])
-    levels, codes = model.pictures.rounded(pixels)
-    assert codes.shape == (3, model.config.cells) == (3, 2 * 64)
-    assert 0 <= int(codes.min()) <= int(codes.max()) < model.config.codes == 6
-    smooth = model.pictures.encoder(pixels).tanh()
-    for channel in range(4):
-        count = model.config.levels[channel % 2]
-        possible = torch.linspace(-1, 1, count)
-        nearest = (smooth[:, channel, ..., None] - possible).abs().argmin(-1)
-        assert torch.allclose(levels[:, channel], possible[nearest])
-        code = codes.view(3, 8, 8, 2)[..., channel // 2]
-        assert torch.equal(code // 2 if channel % 2 == 0 else code % 2, nearest)
+    pixels = as_pixels(album.images[[0, 1, 2]])
+    values, codes = model.pictures.rounded(pixels)
+    assert codes.shape == (3, 64, 4)
+    nearest = (model.pictures.encoder(pixels).tanh()[..., None] - torch.tensor([-1.0, 0, 1])).abs().argmin(-1)
+    assert torch.equal(codes, nearest.flatten(2).transpose(1, 2))
+    assert torch.allclose(values, nearest - 1.0)
     assert torch.allclose(model.pictures.picture(codes), model.pictures(pixels).clamp(-1, 1), atol=1e-5)
 
 
 def test_rounding_lets_gradients_through(album: Album) -> None:
-    pictures = PictureCodes(PainterConfig(9, **SMALL))
-    pictures(album.pixels([0, 1])).square().mean().backward()
+    pictures = PictureCodes(build(album).config)
+    pictures(as_pixels(album.images[[0, 1]])).square().mean().backward()
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in pictures.encoder.parameters())
 
 
-def test_a_token_that_is_no_code_is_painted_as_the_last(model: Painter) -> None:
-    codes = torch.full((1, model.config.cells), model.config.codes - 1)
-    assert torch.equal(model.pictures.picture(codes + 5), model.pictures.picture(codes))
+def test_codes_hang_on_what_stands_how_far_away(album: Album, model: Painter) -> None:
+    """Things moved by a cell move their codes by one; the order of things, and what there isn't, change nothing."""
+    config = model.config
+    small, big = (scenes.Thing(shape="circle", colour="red", size=size, x=20, y=28) for size in ("small", "big"))
+
+    def grid(*things: Any) -> torch.Tensor:
+        return model.filling(torch.tensor([config.plan(things)]))[0].unflatten(0, (8, 8))
+
+    one = grid(small, replace(big, x=44, y=36))
+    assert torch.allclose(grid(replace(big, x=44, y=36), small), one, atol=1e-4)
+    assert torch.allclose(grid(replace(small, x=28), replace(big, x=52, y=36))[:, 1:], one[:, :-1], atol=1e-4)
+    assert torch.allclose(grid(replace(small, y=36), replace(big, x=44, y=44))[1:], one[:-1], atol=1e-4)
+    assert not torch.allclose(grid(big, replace(big, x=44, y=36)), one, atol=1e-2)
+    beyond = torch.tensor([[config.begin] * config.length])  # no pixel: as if there were nothing
+    assert torch.allclose(model.filling(beyond), model.filling(torch.tensor([config.plan([])])))
 
 
 def test_written_one_by_one_is_what_the_whole_gives(album: Album, model: Painter) -> None:
@@ -97,26 +114,46 @@ def test_written_one_by_one_is_what_the_whole_gives(album: Album, model: Painter
     assert torch.equal(model.write(alone, torch.ones_like(alone)), written[:1])
 
 
-def test_codes_share_what_their_levels_have_in_common(model: Painter) -> None:
-    embed, config = model.embed, model.config
-    zero = torch.zeros(1, 1, dtype=torch.int64)
-    with torch.no_grad():
-        own = embed(zero + 3, zero) - embed.words.weight[3] - embed.places.weight[0]
-        assert torch.allclose(own[0, 0], embed.parts[1] + embed.parts[3 + 1], atol=1e-5)  # 3 = 1 * 2 + 1
-        place = embed(zero + config.begin, zero) - embed.words.weight[config.begin] - embed.places.weight[0]
-        assert torch.allclose(place, torch.zeros(()), atol=1e-6)
-
-
-def test_places_are_told_in_the_order_of_the_caption(album: Album, model: Painter) -> None:
-    tokens = training.tokens_of(model, album, [0, 1, 2, 3, 4, 5])
-    for row, i in zip(tokens, range(6), strict=True):
-        scene, said = album.scenes[i], album.captions[i].split("; ")[0]
-        places = row[: model.config.places].tolist()
-        told = [(x, y) for x, y in zip(places[::2], places[1::2], strict=True) if x != model.config.nowhere]
-        assert len(told) == len(scene.things)
-        by_place = {(t.x, t.y): t for t in scene.things}
-        names = [by_place[x - model.config.codes, y - model.config.codes].name for x, y in told]
+def test_plans_tell_of_things_in_the_order_of_the_caption(album: Album, model: Painter) -> None:
+    config = model.config
+    for i, said in enumerate(album.captions[:6]):
+        plan = config.plan(album.told[i])
+        assert len(plan) == config.length == 15
+        told = [plan[k : k + 5] for k in range(0, 15, 5) if plan[k] != config.nowhere]
+        by_place = {(t.x, t.y): t for t in plainest(album.scenes[i], 64).things}
+        assert len(told) == len(by_place)
+        names = []
+        for *kinds, x, y in told:
+            words = [album.kinds[k - config.nowhere - 1] for k in kinds]
+            thing = by_place[x, y]
+            assert words == [thing.size, thing.colour, thing.shape]
+            names.append(f"{words[0]} {thing.name}")
         assert [said.index(n) for n in names] == sorted(said.index(n) for n in names)
+
+
+def test_the_plainest_scene_is_one_of_which_the_same_can_be_said(album: Album, model: Painter) -> None:
+    for scene, plain, said in zip(album.scenes, album.plain, album.captions, strict=True):
+        moved = plainest(scene, 64)
+        assert moved.meaning == scene.meaning
+        for places in ({t.x for t in moved.things}, {t.y for t in moved.things}):
+            assert places == [{32}, {11, 53}, {11, 32, 53}][len(places) - 1]
+        assert np.array_equal(plain, scenes.draw(moved))
+        assert scenes.is_true(said, scenes.seen(plain))
+    lone = [plainest(s, 64).things for s in album.scenes if len(s.things) == 1]
+    assert {t.cell for (t,) in lone} == {(1, 1)}
+    codes = training.codes_of(model, album)
+    assert torch.equal(codes[:2], model.pictures.rounded(as_pixels(album.plain[[0, 1]]))[1])
+
+
+def test_words_are_of_the_things_that_they_name(album: Album) -> None:
+    for i, said in enumerate(album.captions):
+        tokens = album.tokenizer.encode(said).tokens
+        for k, thing in enumerate(as_told(album.scenes[i], said)):
+            words = [t for t, m in zip(tokens, album.mentions[i].tolist(), strict=False) if m == k]
+            assert words == thing.name.split() * said.count(thing.name)
+    unsaid = album.mentions.masked_select(album.ids == 0)
+    assert unsaid.numel() > 0
+    assert bool((unsaid == -1).all())
 
 
 def test_held_out_captions_are_of_the_test_split(album: Album) -> None:
@@ -150,8 +187,10 @@ def test_every_component_exports_and_paints_the_same(directory: Path, album: Alb
             with Image.open(io.BytesIO(base64.b64decode(answer.answer.removeprefix(URI)))) as image:
                 assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
             assert answer.outputs["picture"].shape == (3, 64, 64)
-    words = sessions[1].outputs([Query(text=album.captions[0])])["text"][0].split()
-    assert words == [str(c) for c in model.write(*album.said([0]))[0, model.config.places :].tolist()]
+    made = sessions[1].outputs([Query(text=album.captions[i]) for i in (0, 7)])
+    assert np.array_equal(made["picture"][1], expected)
+    words = made["text"][0].split()
+    assert words == [str(c) for c in model.write(*album.said([0]))[0].tolist()]
     with pytest.raises(InputError, match="writes no text"):
         list(sessions[1].stream(text=album.captions[0]))
 
@@ -159,9 +198,9 @@ def test_every_component_exports_and_paints_the_same(directory: Path, album: Alb
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"picture": {"first": 6, "count": 5}}, "is not what a picture has"),
-        ({"picture": {"codes": "other", "first": 6, "count": 128}}, "nothing makes the input 'codes'"),
-        ({"picture": {"tensor": "other", "first": 6, "count": 128}}, "the answer needs 'other'"),
+        ({"picture": {"ids": "plan", "count": 5}}, "is not what a picture has"),
+        ({"picture": {"ids": "other", "count": 15}}, "nothing makes the input 'plan'"),
+        ({"picture": {"ids": "plan", "tensor": "other", "count": 15}}, "the answer needs 'other'"),
     ],
 )
 def test_programs_whose_picture_is_wrong_are_refused(directory: Path, change: dict[str, Any], message: str) -> None:
@@ -176,11 +215,21 @@ def test_programs_whose_picture_is_wrong_are_refused(directory: Path, change: di
         open_directory(directory.parent)
 
 
-def test_codes_that_a_decoder_left_out_are_the_last_again() -> None:
-    spec = {"first": 2, "count": 4}
-    assert codes_of([9, 9, 1, 2, 3, 4, 5], spec).tolist() == [[1, 2, 3, 4]]
-    assert codes_of([9, 9, 1, 2], spec).tolist() == [[1, 2, 2, 2]]
-    assert codes_of([9], spec).tolist() == [[0, 0, 0, 0]]
+def test_pictures_are_held_to_their_captions(album: Album) -> None:
+    captions = [album.captions[i] for i in album.validation]
+    pictures = album.images[album.validation].copy()
+    pictures[3] = pictures[4]
+    outputs = {"text": np.array(["1 2"] * len(captions)), "picture": pictures}
+    judged = plugin("metrics", "true_pictures").values(outputs, outputs, captions)
+    assert judged.tolist() == [float(i != 3) for i in range(len(captions))]
+    with pytest.raises(InputError, match="'a dog' names nothing that a scene has"):
+        plugin("metrics", "true_pictures").values(outputs, outputs, [*captions[:-1], "a dog"])
+
+
+def test_ids_that_a_decoder_left_out_are_the_last_again() -> None:
+    assert whole([1, 2, 3, 4, 5], 4).tolist() == [[1, 2, 3, 4]]
+    assert whole([1, 2], 4).tolist() == [[1, 2, 2, 2]]
+    assert whole([], 4).tolist() == [[0, 0, 0, 0]]
 
 
 def test_a_png_holds_the_picture(tmp_path: Path) -> None:
@@ -210,23 +259,31 @@ def test_the_recogniser_says_what_it_was_taught() -> None:
 
 
 def recipe(**changes: Any) -> TrainPainter:
-    sizes = {"scenes": 24, "validation_scenes": 8, "recogniser_scenes": 16, "picture_epochs": 1, "caption_epochs": 2}
+    sizes = {
+        "scenes": 24,
+        "code_batch": 12,
+        "validation_scenes": 8,
+        "recogniser_scenes": 16,
+        "picture_epochs": 1,
+        "plan_epochs": 1,
+        "code_epochs": 2,
+    }
     return TrainPainter.model_validate({**sizes, "bf16": False, "model": SMALL, **changes})
 
 
 def test_training_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = train_painter(scenes, recipe(), 0, tmp_path / "a")
-    told = training._Run.told
+    filled = training._Run.filled
     calls = []
 
     def dies(run: Any, part: list[int]) -> Any:
         calls.append(part)
-        if len(calls) == 2:  # in the second epoch of captions
+        if len(calls) == 4:  # in the second epoch of codes
             raise KeyboardInterrupt
-        return told(run, part)
+        return filled(run, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "told", dies)
+        patch.setattr(training._Run, "filled", dies)
         with pytest.raises(KeyboardInterrupt):
             train_painter(scenes, recipe(), 0, tmp_path / "b")
     again, _ = train_painter(scenes, recipe(), 0, tmp_path / "b")
@@ -235,8 +292,9 @@ def test_training_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytes
     with (tmp_path / "b" / "log.csv").open() as f:
         assert [(r["stage"], r["epoch"]) for r in csv.DictReader(f)] == [
             ("pictures", "1"),
-            ("captions", "1"),
-            ("captions", "2"),
+            ("plans", "1"),
+            ("codes", "1"),
+            ("codes", "2"),
         ]
     assert set(json.loads((tmp_path / "b" / "judged.json").read_text())) == {
         "by_rule",

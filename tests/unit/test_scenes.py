@@ -202,6 +202,24 @@ def holds(text: str, scene: Scene) -> bool:
     return sorted(listed) == named and all(stands(by_name[a], relation, by_name[b]) for a, relation, b in facts)
 
 
+def test_claims_of_a_caption_hold_and_of_one_just_not_true_some_dont() -> None:
+    for scene in drawn(count=300):
+        things = list(scene.things)
+        said = scenes.caption(scene)
+        found = scenes.claims(said, things)
+        assert all(held for *_, held in found)
+        spans = [said[first:end] for first, end, _ in found]
+        listed, facts = said.partition("; ")[0], said.split("; ")[1:]
+        assert [span.removeprefix("a ") for span in spans[: len(things)]] == claims(listed)[0]
+        assert spans[len(things) :] == facts
+        for wrong in scenes.hard_negatives(scene):
+            assert not all(held for *_, held in scenes.claims(wrong.text, things))
+            listed = [wrong.text[a:b] for a, b, held in scenes.claims(wrong.text, things)[: len(things)] if held]
+            assert all(any(t.name in text and t.size in text for t in things) for text in listed)
+            if wrong.kind == "relation":
+                assert len(listed) == len(things)
+
+
 @pytest.mark.parametrize("part", ["train", "test", "new"])
 def test_captions_are_true_and_hard_negatives_false(part: str) -> None:
     kinds: Counter[str] = Counter()
@@ -257,6 +275,13 @@ def by_words_alone(train: list[Question], test: list[Question]) -> dict[str, flo
         words = q.text if sum(answers[q.text].values()) >= 20 else template(q.text)
         right[q.kind].append(answers[words].most_common(1)[0][0] == q.answer)
     return {kind: float(np.mean(r)) for kind, r in right.items()}
+
+
+def test_questions_come_with_pictures_tones_or_both_and_with_tones_alone_where_they_tell_enough() -> None:
+    media = Counter((s.image is not None, s.audio is not None) for s in scenes.samples("test"))
+    assert set(media) == {(True, False), (True, True), (False, True)}
+    assert min(media.values()) > 300
+    assert {s.kind for s in scenes.samples("test") if s.image is None} == {"existence", "colour", "count"}
 
 
 def test_no_answer_can_be_guessed_from_the_words() -> None:
@@ -487,7 +512,8 @@ def test_what_is_written_is_read_as_a_users_data(written: Path) -> None:
         for sample in parts[part]:
             same = by_name[part][sample.id]
             assert (sample.text, sample.label, sample.kind) == (same.text, same.label, same.kind)
-            assert sample.image.read_bytes() == same.image
+            for there, kept in ((sample.image, same.image), (sample.audio, same.audio)):
+                assert (there and there.read_bytes()) == kept
     captions = manifest.read(written / "captions.parquet", 0.0)
     assert {part: len(found) for part, found in captions.items()} == {"train": SMALL.train, "test": SMALL.test}
     same = {s.id: s for s in scenes.captions("test")}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+import math
+import random
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,16 @@ from edgemm.reasoner.alignment import info_nce, triplet
 from edgemm.reasoner.captioner import BEGIN, END
 from edgemm.reasoner.config import ScenesConfig
 from edgemm.reasoner.corpus import build_tokenizer
-from edgemm.reasoner.encoders import AudioEncoder, ImageEncoder, TextEncoder
+from edgemm.reasoner.encoders import AudioEncoder, ImageEncoder, TextEncoder, grid_signal
 from edgemm.reasoner.fusion import Gates, Layer, SparseAttention
 from edgemm.reasoner.graph import HeteroGraph
-from edgemm.reasoner.model import Attention
+from edgemm.reasoner.model import Attention, attend
 from edgemm.reasoner.scenes_corpus import writing
 from edgemm.reasoner.scenes_model import Given, ScenesReasoner
 from edgemm.reasoner.scenes_validation import best_temperature, least_confidence
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import open_directory
-from tests.checkpoints import SCENES
+from tests.checkpoints import FULL_SCENES, SCENES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ("how many circles are there?", "is there a red circle?")
@@ -93,6 +95,15 @@ def test_encoders_keep_time_and_place_and_have_one_width(model: ScenesReasoner) 
 
 
 @torch.inference_mode()
+def test_a_cell_of_the_grid_says_its_row_and_column() -> None:
+    signal = grid_signal(8, 192)[0].unflatten(0, (8, 8))
+    for step, x in ((1.0, 0), (0.01, 47)):  # the fastest and the slowest wave
+        assert torch.allclose(signal[3, :, 96 + x], torch.sin(torch.arange(8) * step), atol=1e-5)
+        assert torch.allclose(signal[:, 5, 48 + x], torch.cos(torch.arange(8) * step), atol=1e-5)
+    assert torch.equal(signal[2, :, :96], signal[2, :1, :96].expand(8, -1)), "a row's cells share its half"
+    assert torch.equal(signal[:, 2, 96:], signal[:1, 2, 96:].expand(8, -1))
+
+
 def test_what_an_audio_frame_becomes_does_not_hang_on_the_length_of_the_rest(model: ScenesReasoner) -> None:
     """But through attention; with none, silence behind a sound changes nothing of its beginning."""
     extractor = model.audio_encoder.wav2vec2.feature_extractor
@@ -103,34 +114,24 @@ def test_what_an_audio_frame_becomes_does_not_hang_on_the_length_of_the_rest(mod
 
 @pytest.mark.parametrize("encoder", [TextEncoder, ImageEncoder, AudioEncoder])
 def test_encoders_build_at_full_size(encoder: type[nn.Module]) -> None:
-    full = ScenesConfig(answers=("a",), vocab_size=30522, **FULL)
+    full = ScenesConfig(answers=("a",), **FULL_SCENES)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in encoder(full).parameters())
     low, high = {TextEncoder: (80e6, 110e6), ImageEncoder: (20e6, 30e6), AudioEncoder: (80e6, 100e6)}[encoder]
     assert low < parameters < high
 
 
-FULL: dict[str, Any] = {
-    "width": 768,
-    "heads": 12,
-    "ffn_ratio": 4,
-    "max_tokens": 512,
-    "text_layers": 12,
-    "image_size": 224,
-    "image_layer": "bottleneck",
-    "image_channels": (256, 512, 1024, 2048),
-    "image_depths": (3, 4, 6, 3),
-    "audio_channels": (512,) * 7,
-    "audio_kernels": (10, 3, 3, 3, 3, 2, 2),
-    "audio_strides": (5, 2, 2, 2, 2, 2, 2),
-    "audio_layers": 12,
-}
-
-
 # Attention
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_torchs(masked: bool) -> None:
+    query, key, value = (torch.randn(2, 3, n, 8) for n in (4, 6, 6))
+    mask = torch.tensor([0.0, 0, 0, 0, -30, -30]).expand(2, 1, 1, 6) if masked else None
+    assert close(attend(query, key, value, mask, fused=False), attend(query, key, value, mask, fused=True))
+
+
 @pytest.mark.parametrize("keys", [1, 7])
 def test_top_k_of_all_keys_is_full_attention(keys: int) -> None:
     torch.manual_seed(keys)
@@ -342,6 +343,15 @@ def test_config_survives_json(model: ScenesReasoner) -> None:
     assert ScenesConfig.from_dict(json.loads(json.dumps({"left": {}, **model.config.to_dict()}))) == model.config
 
 
+def test_a_text_holds_as_little_as_its_least_true_word(model: ScenesReasoner) -> None:
+    words, mask = torch.randn(3, 5, SCENES["width"]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    with torch.no_grad():
+        logits = model.match(words, mask)
+        for row, said, there in zip(logits, words, mask, strict=True):
+            odds = [math.exp(-float(model.match.word(word))) for word, one in zip(said, there, strict=True) if one]
+            assert row.tolist() == pytest.approx([0, -math.log(sum(odds) / len(odds))], abs=1e-4)
+
+
 # As a model family
 
 
@@ -435,6 +445,13 @@ def test_every_component_exports_and_is_the_same_in_onnx_runtime(directory: Path
     assert len({tuple(np.round(row, 3)) for row in expected}) == len(SUBSETS)
     whole = onnx_session.infer(onnx_session.tensors(queries[-1]))["logits"]
     np.testing.assert_allclose(whole[0], got[-1], atol=1e-4)
+
+
+def test_no_question_has_more_tokens_than_graphs_of_questions_take() -> None:
+    asked = {q.text for s in islice(world.scenes("test", 0), 100) for q in world.questions(s, random.Random(0))}
+    words = build_tokenizer(sorted(asked), ("yes",))
+    longest = max(len(words.encode(text).ids) for text in asked)
+    assert longest <= ScenesConfig(answers=("yes",), vocab_size=9).question_tokens
 
 
 def test_captions_in_onnx_runtime_are_those_that_torch_writes_a_word_at_a_time(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from edgemm.data import easy_vqa, scenes
+from edgemm.data._scene_world import SHAPES
 from edgemm.errors import InputError
 from edgemm.reasoner import scenes_train as training
 from edgemm.reasoner.corpus import UNKNOWN
 from edgemm.reasoner.scenes_corpus import WRONG, ScenesCorpus
-from edgemm.reasoner.scenes_losses import SUBSETS, balanced
+from edgemm.reasoner.scenes_losses import SUBSETS, balanced, pointed
 from edgemm.reasoner.scenes_train import train_scenes
 from edgemm.reasoner.scenes_validation import first_is_most
 from edgemm.recipe import TrainScenes
@@ -80,6 +82,51 @@ def test_wrong_captions_are_wrong(corpus: ScenesCorpus) -> None:
         assert own not in wrong
 
 
+def test_words_of_claims_that_hold_are_told_from_others(corpus: ScenesCorpus) -> None:
+    i = next(
+        i for i in range(60) if len(corpus.scenes[i].things) == 2 and len(corpus.wrong_captions([i, 0])[0]) == WRONG
+    )
+    said, wrong = (
+        corpus.captions([i])[0],
+        next(n.text for n in scenes.hard_negatives(corpus.scenes[i]) if n.kind == "relation"),
+    )
+    texts = [said, wrong]
+    held, ids = corpus.holding([i], texts), corpus.encode(texts).ids
+    assert held.shape == ids.shape
+    names = [[corpus.tokenizer.id_to_token(t) for t in row.tolist()] for row in ids]
+    for row, words in zip(held.tolist(), names, strict=True):
+        for value, word in zip(row, words, strict=True):
+            assert (value == UNKNOWN) == (word in ("[PAD]", "[CLS]", "[SEP]", ";", ",")) or word == "and"
+    assert set(held[0].tolist()) == {UNKNOWN, 1.0}
+    facts = names[1].index(";")
+    assert set(held[1][:facts].tolist()) == {UNKNOWN, 1.0}
+    assert set(held[1][facts:].tolist()) == {UNKNOWN, 0.0}
+
+
+def test_names_in_texts_are_where_their_things_are_and_nowhere_when_there_are_none(corpus: ScenesCorpus) -> None:
+    i = next(i for i in range(60) if len({(t.colour, t.shape) for t in corpus.scenes[i].things}) == 3)
+    by_name = {t.name: t for t in corpus.scenes[i].things}
+    texts = [corpus.captions([i])[0], "a big red circle and a small red square; the red circle is above the red square"]
+    ids = corpus.encode(texts).ids[None]
+    where, cells, places = corpus.mentions([i], ids, 8)
+    words = [[corpus.tokenizer.id_to_token(t) for t in row] for row in ids[0].tolist()]
+    named = [" ".join(words[k][at - 1 : at + 1]) for _, k, at in where.tolist()]
+    for k, text in enumerate(texts):
+        assert [name for name, (_, of, _) in zip(named, where.tolist(), strict=True) if of == k] == [
+            f"{a} {b}" for a, b in pairwise(text.replace(";", "").replace(",", "").split()) if b in SHAPES
+        ]
+    for name, row, place in zip(named, cells, places.tolist(), strict=True):
+        if name not in by_name:
+            assert not row.any()
+            assert place == [UNKNOWN, UNKNOWN]
+            continue
+        thing = by_name[name]
+        assert place == [*thing.cell]
+        for cell, value in enumerate(row.tolist()):
+            away = max(abs(8 * (cell // 8) + 4 - thing.y), abs(8 * (cell % 8) + 4 - thing.x))
+            assert value == (1 if away <= 4 else UNKNOWN if away < 13 else 0)
+
+
 def test_the_grid_says_what_stands_where(corpus: ScenesCorpus) -> None:
     grid = corpus.grid([5], 16)[0].unflatten(0, (16, 16))
     for thing in corpus.scenes[5].things:
@@ -107,6 +154,15 @@ def test_balanced_counts_what_is_there_as_much_as_what_is_not() -> None:
     assert float(balanced(logits, truth)) == pytest.approx(math.log(2))
     logits[0, 0], logits[0, 9] = 50, 50
     assert float(balanced(logits, truth)) == pytest.approx(math.log(2) / 2)
+
+
+def test_pointing_is_cross_entropy_over_cells_and_none_of_them() -> None:
+    logits = torch.tensor([[2.0, 0.5, -1.0], [1.0, 3.0, 0.0]])
+    cells = torch.tensor([[1.0, 0.0, UNKNOWN], [0.0, 0.0, 0.0]])
+    nowhere = torch.tensor([[0.0], [2.5]])
+    there = -math.log(math.exp(2) / (1 + math.exp(2) + math.exp(0.5)))
+    absent = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(1) + math.exp(3) + 1))
+    assert float(pointed(logits, nowhere, cells)) == pytest.approx((there + absent) / 2, rel=1e-5)
 
 
 def test_modality_dropout_gives_every_subset() -> None:

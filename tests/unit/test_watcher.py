@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from edgemm.cli import build_app
 from edgemm.data import easy_vqa, scenes
 from edgemm.errors import InputError
-from edgemm.models import EMBEDDED, _graph, find_family, open_fp32, read_model, reasoner, scenes_watcher, whole_program
+from edgemm.models import _graph, find_family, open_fp32, read_model, reasoner, scenes_watcher, whole_program
+from edgemm.models._sources import EMBEDDED
 from edgemm.reasoner import watcher_train as training
 from edgemm.reasoner.memory import Look, RecurrentMemory, Resampler
 from edgemm.reasoner.reel import Reel
@@ -158,7 +159,9 @@ def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher) ->
             cells = [(float(model.frame_encoder.there(grids[n, f, :, y, x])), y, x) for y in range(8) for x in range(8)]
             for there, y, x in sorted(cells)[-model.config.cells :]:
                 moment = model.moment(training_signal(f / 8, model.config.width))
-                tokens[n].append(model.project(grids[n, f, :, y, x]) + model.place.weight[8 * y + x] + moment)
+                tokens[n].append(
+                    model.project(grids[n, f, :, y, x]) + model.place.weight[8 * y + x] + moment + model.turn[f, 0]
+                )
                 counts[n].append(np.log(1 / (1 + np.exp(-there))))
     latents = model.resampler(torch.stack([torch.stack(t) for t in tokens]), torch.tensor(counts).float())
     expected = model.memory(model.empty(2), latents)
@@ -196,8 +199,22 @@ def test_what_the_memory_is_taught_is_what_happens(reel: Reel) -> None:
         for status, kind in (("came", "appears"), ("went", "vanishes"), ("moved onto another", "onto")):
             names = {e.subject for e in clip.events if e.kind == kind}
             assert {n for n, x in zip(reel.names, told[status], strict=True) if x} == names
+        happened = {e.subject: (15 - e.frame) / 8 for e in clip.events if e.frame <= 15}
+        ago = dict(zip(reel.names, reel.ago(i, 15).tolist(), strict=True))
+        assert {n for n, seconds in ago.items() if seconds >= 0} == set(happened)
+        assert all(ago[e.subject] <= (15 - e.frame) / 8 for e in clip.events if e.frame <= 15)
         grid = reel.grid(i, 0, 8)
         assert grid[:, 0].sum() == sum(track[0] is not None for track in clip.tracks)
+
+
+def test_the_last_word_of_a_name_is_of_its_thing(reel: Reel) -> None:
+    ids, _ = reel.encode([QUESTION, "has the red circle just moved onto the blue square?"])
+    found = [
+        (row, reel.tokenizer.id_to_token(int(ids[row, at])), reel.names[q])
+        for row, at, q in reel.mentions(ids).tolist()
+    ]
+    assert found[-2:] == [(1, "circle", "red circle"), (1, "square", "blue square")]
+    assert {row for row, *_ in found[:-2]} == {0}
 
 
 def test_graphs_watch_and_answer_as_the_model(model: Watcher, directory: Path, graphs: Session, reel: Reel) -> None:
