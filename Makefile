@@ -1,9 +1,9 @@
-# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | bench-serve | bench-loadgen | device
+# make setup | demo | test | e2e-full | check | bench | bench-whisper | bench-tensorrt | bench-serve | bench-loadgen | bench-scenes | device
 PYTHON ?= python3
 BIN := .venv/bin
 export NNCF_CI := 1
 
-.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt bench-serve bench-loadgen device
+.PHONY: setup demo test e2e-full check bench bench-whisper bench-tensorrt bench-serve bench-loadgen bench-scenes device
 
 setup: .venv/.installed
 
@@ -41,6 +41,9 @@ device: setup
 bench-serve: setup
 	$(BIN)/python tests/bench/serving.py
 	$(BIN)/python tests/bench/serving_memory.py
+
+bench-scenes: setup
+	$(BIN)/python tests/bench/scenes.py --set target.budgets.min_speedup=null
 
 bench-tensorrt: setup
 	$(BIN)/python tests/bench/tensorrt.py

@@ -158,6 +158,7 @@ class TrainScenes(Strict):
     questions_per_scene: int = Field(6, ge=1)
     alignment_epochs: int = Field(10, ge=1)
     reasoning_epochs: int = Field(20, ge=1)
+    caption_epochs: int = Field(12, ge=0)
     learning_rate: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     contrastive_weight: float = Field(0.2, ge=0)

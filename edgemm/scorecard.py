@@ -134,7 +134,9 @@ def cost(session: Session, queries: list[Query]) -> Iterator[Row]:
         return  # graphs that were made for this process alone
     with tempfile.TemporaryDirectory() as folder:
         for name, content in {**session.files, "program.json": json.dumps(session.program).encode()}.items():
-            (Path(folder) / name).write_bytes(content)
+            place = Path(folder) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
         yield Row("", "peak memory of a process, GB", 1, peak_memory_mb(Path(folder), tensors[0]) / 1e3)
 
 

@@ -23,7 +23,7 @@ class Budgets(Strict):
     min_speedup     p50 of the FP32 graph in the same runtime over p50 of the compressed one
     max_p50_ms      median latency of one input, all components
     max_peak_mb     peak resident memory of a process that runs only the runtime
-    max_size_ratio  bytes of the compiled model over bytes of the compiled FP32 model, as a bundle holds them
+    max_size_ratio  bytes of the compiled model over bytes of the compiled FP32 model; of XML as a bundle holds it
     """
 
     min_speedup: float | None = Field(None, gt=0)

@@ -10,7 +10,7 @@ import typer
 
 from edgemm import console
 
-TRAINED_ON = {"reasoner": "easy_vqa", "scenes_reasoner": "scenes"}
+TRAINED_ON = {"reasoner": "easy_vqa", "scenes_reasoner": "scenes", "scenes_painter": "scenes"}
 
 
 def command(

@@ -80,7 +80,7 @@ def encoders(model: ScenesReasoner, *names: str) -> list[Component]:
 
 def answering(model: ScenesReasoner) -> list[Component]:
     config = model.config
-    d, least = config.width, max(1, config.top_k)
+    d = config.width
     words, frames = lengths(model)
     encoded, made = tokens(model), encoders(model, "image", "text", "audio")
     question = port("question", "tokens", d), Spec("question_mask", "int64", ("batch", "tokens"))
@@ -98,7 +98,7 @@ def answering(model: ScenesReasoner) -> list[Component]:
     said = {n: port(f"words_{n}", "tokens", d) for n in (1, 2)}
     answer = {n: port("logits" if n == 3 else f"exit_{n}", len(config.answers)) for n in (1, 2, 3)}
     used = SIZES | words | frames
-    smallest = {"frames": least} if least > 1 else {}
+    smallest = {"frames": config.min_frames}
     shared = (question[1], *keys)
     first, middle, last = (model.level(i) for i in range(3))
     levels: list[tuple[nn.Module, tuple[Spec, ...], tuple[Spec, ...]]] = [

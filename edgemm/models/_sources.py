@@ -13,6 +13,7 @@ from edgemm.models import find_family, model_files
 EMBEDDED = {
     "reasoner": plugins.PACKAGE / "reasoner" / "weights",
     "scenes_reasoner": plugins.PACKAGE / "reasoner" / "scenes_weights",
+    "scenes_painter": plugins.PACKAGE / "reasoner" / "painter_weights",
 }
 
 

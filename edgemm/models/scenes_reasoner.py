@@ -100,7 +100,7 @@ def program(model: ScenesReasoner, directory: Path) -> dict[str, Any]:
         "tensor": "input_values",
         "sampling_rate": 16_000,
         "seconds": config.audio_seconds,
-        "min_samples": config.min_samples,
+        "pad_to": config.min_samples,
     }
     takes = {"answer": {"image", "audio"}, "find_audio": {"audio"}}.get(config.task, {"image"})
     media = {name: spec for name, spec in (("image", image), ("audio", audio)) if name in takes}

@@ -15,6 +15,7 @@ class ScenesConfig:
     max_tokens, question_tokens   of a text, and of one that is a question
     image_layer   basic or bottleneck, as transformers' ResNetConfig has it; every stage but the first halves the grid
     audio_*       Wav2Vec2Config's conv_dim, conv_kernel, conv_stride and layers
+    audio_least   samples that shorter recordings are filled up to with silence: the longest that was learned from
     levels        layers of each level of reasoning: objects, relations, implications
     slots         learned queries that gather the objects of a scene
     top_k         keys that a word looks at, 0 for all
@@ -47,6 +48,7 @@ class ScenesConfig:
     audio_kernels: tuple[int, ...] = (10, 8, 8, 8)
     audio_strides: tuple[int, ...] = (5, 4, 4, 4)
     audio_layers: int = 2
+    audio_least: int = 0
     levels: tuple[int, int, int] = (2, 2, 2)
     slots: int = 8
     top_k: int = 0
@@ -84,12 +86,20 @@ class ScenesConfig:
         return samples
 
     @property
+    def min_frames(self) -> int:
+        """The fewest audio tokens that the levels take; an absent recording has so many.
+
+        Not 1: OpenVINO's INT8 graphs whose dynamic axis had 1 at first give other lengths wrong afterwards (2026.4.1).
+        """
+        return max(2, self.top_k)
+
+    @property
     def min_samples(self) -> int:
-        """The shortest waveform, 0.1 s or what gives `top_k` frames: silence makes shorter ones as long."""
-        samples = max(1, self.top_k)
+        """The shortest waveform, 0.1 s or what gives `min_frames` or `audio_least`: silence makes others as long."""
+        samples = self.min_frames
         for kernel, stride in zip(self.audio_kernels[::-1], self.audio_strides[::-1], strict=True):
             samples = (samples - 1) * stride + kernel
-        return max(1_600, samples)
+        return max(1_600, samples, self.audio_least)
 
     @property
     def max_samples(self) -> int:

@@ -7,8 +7,6 @@ They are transformers' BERT, ResNet and Wav2Vec2, so a user's pretrained weights
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
@@ -114,7 +112,7 @@ class AudioEncoder(nn.Module):
 
 def line_signal(length: int, width: int) -> Tensor:
     """Sines, then cosines of 0 .. length-1 at rates from 1 to 0.01, float [length,width] (Vaswani et al. 2017)."""
-    angles = torch.arange(length)[:, None] * torch.exp(-math.log(100) * torch.linspace(0, 1, width // 2))
+    angles = torch.arange(length)[:, None] * 100 ** -torch.linspace(0, 1, width // 2)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 

@@ -9,6 +9,7 @@ its words whether they hold of a picture (matching), and of a name where its thi
 fast: a word finds what it names, and says where, before anything is asked.
 Reasoning (stage 2): the answers of all three levels; beside them, on half of the scenes, InfoNCE, matching, grounding
 and place, a triplet loss on the captions that are just not true, and captions written word by word.
+Captions (stage 3): those alone.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Losses(nn.Module):
             read = self.captions(index)
             nce, far = self.contrast(index, read, keys)
             loss = loss + recipe.contrastive_weight * nce + recipe.grounding_weight * self.grounded(index, read, keys)
-            loss = loss + recipe.triplet_weight * far + recipe.caption_weight * self.captioning(read, keys)
+            loss = loss + recipe.triplet_weight * far + recipe.caption_weight * self.captioning(index, keys["image"])
         return loss
 
     def captions(self, index: list[int]) -> list[Read]:
@@ -168,16 +169,11 @@ class Losses(nn.Module):
             + F.cross_entropy(found, torch.cat(stands).flatten(), ignore_index=int(UNKNOWN))
         )
 
-    def captioning(self, read: list[Read], keys: Keys) -> Tensor:
-        """Each word of a scene's caption after those before it, from its picture."""
-        total, count = torch.zeros(()), 0
-        for r in read:
-            ids = r.ids[:, 0]
-            logits = self.model.captioner(ids[:, :-1], keys["image"][r.rows]).float()
-            right = ids[:, 1:].flatten()
-            total = total + F.cross_entropy(logits.flatten(0, 1), right, ignore_index=0, reduction="sum")
-            count += int((right != 0).sum())
-        return total / count
+    def captioning(self, index: list[int], image: Tensor) -> Tensor:
+        """Each word of scenes' captions after those before it, from their image tokens [N,P,D]."""
+        ids = self.corpus.encode(self.corpus.captions(index)).ids
+        logits = self.model.captioner(ids[:, :-1], image).float()
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
 
     def words(self, read: list[Read], rng: random.Random) -> tuple[Tensor, Tensor]:
         """Which concepts the scenes' captions name, int64 [C], and one of the mentions of each [C,D]."""

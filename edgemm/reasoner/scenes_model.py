@@ -113,7 +113,7 @@ class Given(nn.Module):
     def __init__(self, model: ScenesReasoner) -> None:
         super().__init__()
         self.no_question, self.tokens = model.no_question, model.config.question_tokens
-        self.keys = {"image": model.config.patches, "audio": max(1, model.config.top_k)}
+        self.keys = {"image": model.config.patches, "audio": model.config.min_frames}
 
     def forward(
         self,

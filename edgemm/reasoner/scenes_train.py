@@ -1,7 +1,8 @@
-"""Training of the scenes reasoner: what the encoders see and hear first, then reasoning on it.
+"""Training of the scenes reasoner: what the encoders see and hear first, then reasoning on it, then what it says.
 
 Stage 1, alignment, trains the encoders, the contrastive pools and the first level; stage 2, reasoning, everything but
-the encoders that stay frozen, whose tokens are then made once a scene; see scenes_losses.py for both.
+the encoders that stay frozen, whose tokens are then made once a scene; stage 3, captions, the captioner alone, which
+nothing else looks at; see scenes_losses.py for all of them.
 
 Every epoch seeds itself from (seed, stage, epoch), so a run that was killed continues bit for bit.
 """
@@ -13,6 +14,7 @@ import io
 import math
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,7 @@ from edgemm.recipe import TrainScenes
 
 WARM_UP = 100  # steps
 CACHED = 256  # scenes encoded at a time
+BEST = {"alignment": None, "reasoning": "accuracy", "captions": "captions"}  # by stage, what says which epoch is best
 
 
 def train_scenes(world: ModuleType, recipe: TrainScenes, seed: int, out: Path) -> tuple[ScenesReasoner, ScenesCorpus]:
@@ -46,7 +49,8 @@ def train_scenes(world: ModuleType, recipe: TrainScenes, seed: int, out: Path) -
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(seed)
     corpus = ScenesCorpus.build(world, recipe.scenes, recipe.validation_scenes, seed)
-    sizes = {"answers": corpus.answers, "vocab_size": corpus.tokenizer.get_vocab_size()}
+    words, longest = corpus.tokenizer.get_vocab_size(), max(corpus.lengths)
+    sizes = {"answers": corpus.answers, "vocab_size": words, "audio_least": longest}
     if (
         unknown := recipe.model.keys() - {field.name for field in fields(ScenesConfig)}
         | recipe.model.keys() & sizes.keys()
@@ -56,12 +60,13 @@ def train_scenes(world: ModuleType, recipe: TrainScenes, seed: int, out: Path) -
     run = _Run(model, corpus, recipe, seed, out)
     run.stage("alignment", recipe.alignment_epochs)
     run.stage("reasoning", recipe.reasoning_epochs)
+    run.stage("captions", recipe.caption_epochs)
     run.finish()
     return model.eval(), corpus
 
 
 class _Run:
-    """Both stages over one model, with a checkpoint after every epoch."""
+    """All stages over one model, with a checkpoint after every epoch."""
 
     def __init__(self, model: ScenesReasoner, corpus: ScenesCorpus, recipe: TrainScenes, seed: int, out: Path) -> None:
         self.model, self.corpus, self.recipe, self.seed, self.out = model, corpus, recipe, seed, out
@@ -73,7 +78,7 @@ class _Run:
             made.set_attn_implementation("eager")  # as model.attend does in training
         self.frozen: set[str] = set()
         self.cached: dict[str, Tensor] = {}
-        self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1}
+        self.best: dict[str, Any] = {}
         self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
         if self.checkpoint is None:
             (out / "log.csv").unlink(missing_ok=True)
@@ -87,17 +92,26 @@ class _Run:
         return f"{self.recipe.model_dump_json(exclude={'threads'})} {self.seed}"
 
     def stage(self, name: str, epochs: int) -> None:
-        if self.checkpoint and self.checkpoint["stage"] == "reasoning" and name == "alignment":
+        stages = list(BEST)
+        if self.checkpoint and stages.index(self.checkpoint["stage"]) > stages.index(name):
             return
         resumed = bool(self.checkpoint and self.checkpoint["stage"] == name)
+        learning: nn.Module = self.losses
         if resumed:
             assert self.checkpoint
             self.losses.load_state_dict(self.checkpoint["losses"])
             self.best = self.checkpoint["best"]
+        elif name == "captions":
+            self.model.load_state_dict(self.best["model"])
         if name == "reasoning":
-            self.freeze()
+            self.freeze(self.recipe.unfreeze)
+        elif name == "captions":
+            self.freeze(())
+            learning = self.model.captioner
+        if not resumed:
+            self.best = {**self.best, "score": -1.0, "epoch": -1}  # its model is what the stage goes on from
         optimizer = torch.optim.AdamW(
-            [p for p in self.losses.parameters() if p.requires_grad],
+            [p for p in learning.parameters() if p.requires_grad],
             lr=self.recipe.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=self.recipe.weight_decay,
@@ -109,15 +123,15 @@ class _Run:
             optimizer.load_state_dict(self.checkpoint["optimizer"])
             log(f"resume {name} at epoch {first + 1}")
         for epoch in range(first, epochs):
-            if name == "reasoning" and epoch - self.best["epoch"] > self.recipe.patience:
+            if BEST[name] and epoch - self.best["epoch"] > self.recipe.patience:
                 log(f"{name}: no better for {self.recipe.patience} epochs")
                 return
             begin = time.monotonic()
             loss = self.epoch(name, epoch, epochs, optimizer)
             figures = validate(self.model.eval(), self.corpus)
-            if name == "reasoning" and figures.accuracy > self.best["accuracy"]:
+            if (judge := BEST[name]) and (score := getattr(figures, judge)) > self.best["score"]:
                 state = {key: value.clone() for key, value in self.model.state_dict().items()}
-                self.best = {"accuracy": figures.accuracy, "epoch": epoch, "model": state}
+                self.best = {"score": score, "epoch": epoch, "model": state}
             self.record(name, epoch, epochs, time.monotonic() - begin, loss, figures, optimizer)
 
     def record(
@@ -151,13 +165,13 @@ class _Run:
             made.set_attn_implementation("sdpa")
         calibrate(self.model.eval(), self.corpus, self.recipe.exit_loss)
 
-    def freeze(self) -> None:
+    def freeze(self, unfrozen: Iterable[str]) -> None:
         """Stop the encoders that are not to learn on, and make their tokens of every scene once."""
-        self.frozen = set(self.encoders) - set(self.recipe.unfreeze)
+        self.frozen = set(self.encoders) - set(unfrozen)
         self.model.eval()
         for name in self.frozen:
             self.encoders[name].requires_grad_(requires_grad=False)
-        for name in self.frozen & set(MODALITIES):
+        for name in (self.frozen & set(MODALITIES)) - self.cached.keys():
             with torch.no_grad():
                 made = [self.tokens(name, part) for part in batches(self.corpus.training, CACHED)]
             longest = max(t.shape[1] for t in made)
@@ -198,8 +212,10 @@ class _Run:
                 keys = self.keys(part)
                 if stage == "alignment":
                     loss = self.losses.alignment(part, keys, rng)
-                else:
+                elif stage == "reasoning":
                     loss = self.losses.reasoning(part, keys, f"{stage} {epoch}", rng)
+                else:
+                    loss = self.losses.captioning(part, keys["image"])
             loss.backward()
             nn.utils.clip_grad_norm_(self.losses.parameters(), 1.0)
             optimizer.step()

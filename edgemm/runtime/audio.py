@@ -124,6 +124,7 @@ def audio_to_features(audio: Path | str | bytes, spec: dict[str, Any]) -> dict[s
         longest = min(longest, math.ceil(heard / rate + spec["tail"]) * rate)
     if spec["pad"] != "none":
         samples = np.pad(samples, (0, longest - heard))
+    samples = np.pad(samples, (0, max(0, spec["pad_to"] - len(samples))))
     shortest = spec["min_samples"] if mel is None else max(mel["hop_length"], mel["n_fft"] // 2 + 1)
     if len(samples) < shortest:
         raise InputError(

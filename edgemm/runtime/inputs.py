@@ -89,6 +89,7 @@ class AudioSpec(Strict):
     """Decode to mono, resample to `sampling_rate` Hz, then a log-mel spectrogram or, without `mel`, the waveform.
 
     seconds    longest input; a longer one is refused;  min_samples  shortest input, after resampling
+    pad_to     samples that a shorter input is filled up to with zeros
     pad        none; silence: zeros up to `seconds`; repeat: the whole input again and again, then zeros
     tail       s: under `silence` no more zeros than these and those that make whole seconds
     normalize  the waveform to zero mean and unit variance, before padding
@@ -100,6 +101,7 @@ class AudioSpec(Strict):
     sampling_rate: Size
     seconds: float = Field(gt=0, le=3_600)
     min_samples: Size = 1
+    pad_to: int = Field(0, ge=0, le=1 << 30)
     pad: Literal["none", "silence", "repeat"] = "none"
     tail: float | None = Field(None, ge=0)
     normalize: bool = False

@@ -37,6 +37,8 @@ SHORT = {
     "train_scenes.validation_scenes": 400,
     "train_scenes.alignment_epochs": 4,
     "train_scenes.reasoning_epochs": 6,
+    "train_scenes.caption_epochs": 0,
+    "train_scenes.caption_weight": 0.0,
 }
 
 

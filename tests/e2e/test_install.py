@@ -62,9 +62,10 @@ def test_a_bundle_answers(device: Path, bundle: Path, tmp_path: Path) -> None:
 
 
 def test_it_takes_under_300_mb_without_what_a_cpu_never_loads(device: Path, bundle: Path, tmp_path: Path) -> None:
-    """By the README's command; the bundle still answers."""
-    (command,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    rm -f ")]
+    """By the README's commands; the bundle still answers."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = "\n".join(line for line in lines if line.startswith("    rm -"))
     (libs,) = device.parent.glob("lib/python3*/site-packages/openvino/libs")
-    subprocess.run(["bash", "-c", command], check=True, cwd=libs)
+    subprocess.run(["bash", "-c", commands], check=True, cwd=libs)
     assert size_bytes(device) < 300e6
     test_a_bundle_answers(device, bundle, tmp_path)

@@ -520,3 +520,13 @@ def test_damaged_audio_raises_nothing_but_an_input_error(
         else:
             assert (samples.dtype, samples.ndim) == (np.float32, 1)
             assert np.isfinite(samples).all()
+
+
+def test_a_short_recording_is_filled_up_with_silence() -> None:
+    samples = speech(0.1)
+    spec = AudioSpec(tensor="wave", sampling_rate=16_000, seconds=1, min_samples=2_000, pad_to=2_400).model_dump()
+    wave = audio_to_features(encoded(samples), spec)["wave"]
+    assert wave.shape == (1, 2_400)
+    assert np.allclose(wave[0, :1_600], samples, atol=1e-4)
+    assert not wave[0, 1_600:].any()
+    assert audio_to_features(encoded(speech(0.5)), spec)["wave"].shape == (1, 8_000)

@@ -45,6 +45,7 @@ def recipe(bf16: bool = False, **changes: object) -> TrainScenes:
         "questions_per_scene": 2,
         "alignment_epochs": 1,
         "reasoning_epochs": 2,
+        "caption_epochs": 0,
         "bf16": bf16,
         "model": SCENES,
     }
@@ -185,7 +186,9 @@ def test_sizes_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
 
 
 def run(out: Path, *, seed: int = 1, **changes: object) -> dict[str, Tensor]:
-    return train_scenes(scenes, recipe(**changes), seed, out)[0].state_dict()  # type: ignore[arg-type]
+    model, corpus = train_scenes(scenes, recipe(**changes), seed, out)  # type: ignore[arg-type]
+    assert model.config.min_samples == max(corpus.lengths)  # on a device a sound is as long as beside others here
+    return model.state_dict()
 
 
 def rows(out: Path) -> list[list[str]]:
@@ -239,7 +242,7 @@ from edgemm.reasoner import scenes_train as training
 from edgemm.recipe import TrainScenes
 save = training.torch.save
 def kill(state, to):
-    if state["stage"] == "reasoning":
+    if (state["stage"], state["epoch"]) == ("captions", 1):
         os.kill(os.getpid(), 9)
     save(state, to)
 training.torch.save = kill
@@ -248,15 +251,16 @@ training.train_scenes(scenes, TrainScenes.model_validate_json(sys.argv[1]), 1, p
 
 
 def test_after_kill_9_it_goes_on_from_the_last_whole_epoch(tmp_path: Path) -> None:
-    """The child has made an epoch of each stage and written the first alone."""
+    """The child has made four epochs and written three."""
+    sizes = {"reasoning_epochs": 1, "caption_epochs": 2}
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, recipe(reasoning_epochs=1).model_dump_json(), str(tmp_path / "killed")],
+        [sys.executable, "-c", KILLED, recipe(**sizes).model_dump_json(), str(tmp_path / "killed")],  # type: ignore[arg-type]
         check=False,
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert [row[0] for row in rows(tmp_path / "killed")[1:]] == ["alignment"]
-    assert same(run(tmp_path / "killed", reasoning_epochs=1), run(tmp_path / "whole", reasoning_epochs=1))
+    assert [row[0] for row in rows(tmp_path / "killed")[1:]] == ["alignment", "reasoning", "captions"]
+    assert same(run(tmp_path / "killed", **sizes), run(tmp_path / "whole", **sizes))
 
 
 def test_frozen_encoders_stay_as_they_were_and_others_learn(tmp_path: Path) -> None:
@@ -271,11 +275,13 @@ def test_frozen_encoders_stay_as_they_were_and_others_learn(tmp_path: Path) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.torch, "save", keep)
-        run(tmp_path, unfreeze=["audio"])
+        run(tmp_path, unfreeze=["audio"], caption_epochs=2)
     before, after = seen["alignment 0"], seen["reasoning 1"]
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     for name, frozen in (("image_encoder", True), ("text_encoder", True), ("audio_encoder", False), ("levels", False)):
         assert any(n.startswith(f"model.{name}") for n in changed) != frozen, name
+    before, after = seen["captions 0"], seen["captions 1"]
+    assert {n.split(".")[1] for n in before if not torch.equal(before[n], after[n])} == {"captioner"}
 
 
 def test_it_stops_when_it_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
