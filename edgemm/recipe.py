@@ -203,7 +203,8 @@ class TrainWatcher(Strict):
     """Training of the watcher of clips; see edgemm/reasoner/watcher_train.py.
 
     clips, validation_clips  to learn from, and of the test split to judge by
-    frame_*, clip_*          of what sees single frames, and of memory and answers
+    frame_*, thing_*, clip_* of what sees single frames, of what happens to things, and of answers
+    windows                  of the memory, in chunks: one is drawn for each batch of clips
     """
 
     threads: int = Field(1, ge=1)
@@ -212,7 +213,9 @@ class TrainWatcher(Strict):
     frame_batch: int = Field(32, ge=2)
     clip_batch: int = Field(24, ge=2)
     frame_epochs: int = Field(2, ge=1)
+    thing_epochs: int = Field(8, ge=1)
     clip_epochs: int = Field(16, ge=1)
+    windows: tuple[int, ...] = Field((4,), min_length=1)
     learning_rate: float = Field(1e-3, gt=0)
     bf16: bool = Field(True, description="of the frame encoder in training")
     model: dict[str, Any] = {}

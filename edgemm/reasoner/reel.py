@@ -1,10 +1,11 @@
 """Drawn clips as a watcher learns from them: frames, what stands where, what has happened, questions.
 
-Axes: F frames, W words, Q names.
+Axes: F frames, P cells of a frame's grid, W words, E EVENTS.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from edgemm.errors import InputError
 from edgemm.reasoner.corpus import build_tokenizer
-from edgemm.reasoner.watcher import STATUSES
+from edgemm.reasoner.watcher import CELL, EVENTS
 
 NEEDS = ("clips", "frames", "clip_questions", "questions_by", "FPS")
 
@@ -57,7 +58,7 @@ class Reel:
             seed=seed,
             fps=world.FPS,
             names=tuple(sorted({t.name for t in things})),
-            words=tuple(sorted({word for t in things for word in (t.colour, t.shape, t.size)})),
+            words=tuple(sorted({word for t in things for word in (t.colour, t.shape)})),
             answers=answers,
             tokenizer=build_tokenizer(sorted({q.text for q in asked}), answers),
         )
@@ -74,38 +75,48 @@ class Reel:
         """float32[F,3,S,S], -1..1."""
         return torch.from_numpy(self.world.frames(self.clips[i])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
+    def where(self, i: int, side: int) -> Tensor:
+        """In which cell of the grid each thing's centre is, -1 where it is not there, int16[F,3]."""
+
+        def cell(place: tuple[int, int] | None) -> int:
+            if place is None:
+                return -1
+            column, row = (min(side - 1, max(0, at // CELL)) for at in place)
+            return row * side + column
+
+        tracks = zip(*self.clips[i].tracks, strict=True)
+        return torch.tensor([[cell(place) for place in places] for places in tracks], dtype=torch.int16)
+
     def grid(self, i: int, frame: int, side: int) -> Tensor:
-        """1 where a thing's centre is, and where what stands there is what the word says, float32[side*side,1+W]."""
-        made = torch.zeros(side, side, 1 + len(self.words))
-        clip = self.clips[i]
-        for thing, track in zip(clip.things, clip.tracks, strict=True):
-            if (place := track[frame]) is not None:
-                column, row = (min(side - 1, max(0, at // 8)) for at in place)
-                words = [float(w in (thing.colour, thing.shape, thing.size)) for w in self.words]
-                made[row, column] = torch.tensor([1.0, *words])
-        return made.flatten(0, 1)
-
-    def told(self, i: int, frame: int, since: int) -> Tensor:
-        """What holds of each name at a frame, and of its moves since another one, float32[STATUSES,Q]."""
-        made = torch.zeros(len(STATUSES), len(self.names))
-        clip = self.clips[i]
-        for thing, track in zip(clip.things, clip.tracks, strict=True):
-            q = self.names.index(thing.name)
-            happened = [e for e in clip.events if e.frame <= frame]
-            made[0, q] = track[frame] is not None
-            made[1, q] = track[frame] is not None and track[frame] != track[since]
-            for status, kind in enumerate(("appears", "vanishes", "onto"), 2):
-                made[status, q] = any(e.kind == kind and e.subject == thing.name for e in happened)
-            made[5, q] = any(e.kind == "onto" and e.target == thing.name for e in happened)
+        """1 where a thing's centre is, and where what stands there is spelled with the word, float32[P,1+W]."""
+        made = torch.zeros(side * side, 1 + len(self.words))
+        for thing, cell in zip(self.clips[i].things, self.where(i, side)[frame].tolist(), strict=True):
+            if cell >= 0:
+                words = [float(w in (thing.colour, thing.shape)) for w in self.words]
+                made[cell] = torch.tensor([1.0, *words])
         return made
 
-    def ago(self, i: int, frame: int) -> Tensor:
-        """Seconds at a frame since something last happened to each name, -1 where nothing has, float32[Q]."""
-        made = torch.full((len(self.names),), -1.0)
-        for event in sorted(self.clips[i].events, key=lambda e: e.frame):
+    def facts(self, i: int, frame: int) -> Tensor:
+        """Of each thing at a frame, float32[3,1+2E]: whether it is there, whether each of EVENTS has happened to it,
+        the logarithm of one and the seconds since."""
+        clip = self.clips[i]
+        made = torch.zeros(3, 1 + 2 * len(EVENTS))
+        names = self.named(i)
+        for thing, track in enumerate(clip.tracks):
+            made[thing, 0] = track[frame] is not None
+        for event in clip.events:
+            told = [(names.index(self.names.index(event.subject)), EVENTS.index(event.kind))]
+            if event.kind == "onto":
+                told.append((names.index(self.names.index(event.target)), EVENTS.index("is moved onto")))
             if event.frame <= frame:
-                made[self.names.index(event.subject)] = (frame - event.frame) / self.fps
+                for thing, kind in told:
+                    made[thing, 1 + kind] = 1
+                    made[thing, 1 + len(EVENTS) + kind] = math.log1p((frame - event.frame) / self.fps)
         return made
+
+    def named(self, i: int) -> list[int]:
+        """Which of `names` the three things have."""
+        return [self.names.index(thing.name) for thing in self.clips[i].things]
 
     def mentions(self, ids: Tensor) -> Tensor:
         """Where texts int64[N,T] name a thing: row, place of the name's last word, which name, int64[M,3]."""

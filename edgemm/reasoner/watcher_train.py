@@ -30,17 +30,15 @@ from edgemm.artifact import write_atomic
 from edgemm.console import log, progress
 from edgemm.reasoner.reel import Reel
 from edgemm.reasoner.scenes_train import WARM_UP, batches
-from edgemm.reasoner.watcher import Watcher, WatcherConfig
+from edgemm.reasoner.watcher import EVENTS, Watcher, WatcherConfig
 from edgemm.recipe import TrainWatcher
 
-STAGES = ("frames", "clips")
+STAGES = ("frames", "things", "clips")
 STILLS = 6  # frames of a clip that stage 1 learns from
 AT_ONCE = 32  # clips
 RARE = 8.0  # how much what is there counts beside what isn't: little of what could be is
-TOLD = 0.5  # weight of what the memory tells, beside that of the answers, which is 1
-ASKED = 1  # questions after each chunk of each clip
-GOES_ON = 0.5  # share of clips that are shown after others, at any time up to LATEST
-LATEST = 1_250.0  # seconds
+TOLD = 0.5  # weight of what names tell, beside that of the answers and of what latents tell, which is 1
+ASKED = 4  # questions after each chunk of each clip
 
 
 def train_watcher(world: ModuleType, recipe: TrainWatcher, seed: int, out: Path) -> tuple[Watcher, Tokenizer]:
@@ -53,11 +51,13 @@ def train_watcher(world: ModuleType, recipe: TrainWatcher, seed: int, out: Path)
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(seed)
     reel = Reel.build(world, recipe.clips, recipe.validation_clips, seed)
-    known = {"answers": reel.answers, "names": reel.names, "words": reel.words}
+    ids = tuple(reel.tokenizer.token_to_id(word) for word in reel.words)
+    known = {"answers": reel.answers, "words": reel.words, "word_ids": ids}
     sizes = {"vocab_size": reel.tokenizer.get_vocab_size(), "image_size": reel.frames(0).shape[2]}
     model = Watcher(WatcherConfig.from_dict({**sizes, **recipe.model, **known}))
     run = _Run(model, reel, recipe, seed, out)
     run.stage("frames", recipe.frame_epochs)
+    run.stage("things", recipe.thing_epochs)
     run.stage("clips", recipe.clip_epochs)
     return model.eval(), reel.tokenizer
 
@@ -67,8 +67,7 @@ class _Run:
 
     def __init__(self, model: Watcher, reel: Reel, recipe: TrainWatcher, seed: int, out: Path) -> None:
         self.model, self.reel, self.recipe, self.seed, self.out = model, reel, recipe, seed, out
-        self.tokens = self.cells = self.told = self.ago = self.stills = self.grids = torch.zeros(0)
-        self.left = torch.zeros(0)  # what the clips before left in the memory
+        self.tokens = self.cells = self.where = self.facts = self.named = self.stills = self.grids = torch.zeros(0)
         self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
         if self.checkpoint is None:
             with (out / "log.csv").open("w", newline="") as f:
@@ -80,8 +79,9 @@ class _Run:
         kept = self.checkpoint
         if kept and STAGES.index(kept["stage"]) > STAGES.index(name):
             return
-        if name == "clips":
+        if name != "frames":
             self.model.frame_encoder.requires_grad_(requires_grad=False)
+            self.model.text_encoder.bert.set_attn_implementation("eager")  # as model.attend does in training
         learned = self.model.frame_encoder if name == "frames" else self.model
         rate = self.recipe.learning_rate
         optimizer = torch.optim.AdamW([p for p in learned.parameters() if p.requires_grad], rate, weight_decay=0.02)
@@ -90,12 +90,14 @@ class _Run:
             first = kept["epoch"] + 1
             optimizer.load_state_dict(kept["optimizer"])
             log(f"resume {name} after epoch {first}")
-        if first < epochs:
-            self.draw_stills() if name == "frames" else self.draw_clips()
+        if first < epochs and name == "frames":
+            self.draw_stills()
+        elif first < epochs and not len(self.tokens):
+            self.draw_clips()
         for epoch in range(first, epochs):
             begin = time.monotonic()
             loss = self.epoch(name, epoch, epochs, optimizer)
-            right = validate(self.model.eval(), self.reel) if name == "clips" else {}
+            right = validate(self.model.eval(), self.reel, self.held) if name == "clips" else {}
             seconds = time.monotonic() - begin
             kinds = " ".join(f"{kind} {share:.4f}" for kind, share in right.items())
             log(f"{name} epoch {epoch + 1}/{epochs}: loss {loss:.4f} {kinds}, {seconds:.0f} s")
@@ -112,18 +114,18 @@ class _Run:
         rng = random.Random(f"{self.seed} {stage} {epoch}")
         torch.manual_seed(rng.getrandbits(63))
         self.model.train()
-        self.left = torch.zeros(0)
         index = list(range(len(self.stills))) if stage == "frames" else self.reel.training
         size = recipe.frame_batch if stage == "frames" else recipe.clip_batch
         parts = [part for part in batches(rng.sample(index, len(index)), size) if len(part) > 1]
-        if stage == "clips":
+        if stage != "frames":
             self.model.frame_encoder.eval()
         steps, total = epochs * len(parts), 0.0
         for step, part in enumerate(progress(parts, f"{stage} {epoch + 1}/{epochs}"), epoch * len(parts)):
             rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * rate
-            loss = self.seen(part) if stage == "frames" else self.answered(part, f"{stage} {epoch}")
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                loss = self.loss(stage, part, random.Random(f"{self.seed} {stage} {epoch} {part}"))
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
@@ -143,60 +145,70 @@ class _Run:
         self.stills, self.grids = torch.from_numpy(np.stack(stills)).permute(0, 3, 1, 2), torch.stack(grids).bool()
 
     def draw_clips(self) -> None:
-        """What is kept of each clip's frames, and what the memory is to tell after each chunk."""
-        reel = self.reel
+        """What is kept of each clip's frames, where things are in them, what has happened to them after each chunk."""
+        reel, config = self.reel, self.model.config
         self.tokens, self.cells = tokens_of(self.model.eval(), reel, reel.training)
-        chunks = [(int(at[0]), int(at[-1])) for at in self.model.chunks(self.tokens.shape[1])]
-        told = [torch.stack([reel.told(i, stop, start) for start, stop in chunks]) for i in reel.training]
-        self.told = torch.stack(told).bool()
-        self.ago = torch.stack([torch.stack([reel.ago(i, stop) for _, stop in chunks]) for i in reel.training])
+        self.held = tokens_of(self.model, reel, reel.validation)
+        stops = [int(at[-1]) for at in self.model.chunks(self.tokens.shape[1])]
+        self.where = torch.stack([reel.where(i, config.side) for i in reel.training])
+        self.facts = torch.stack([torch.stack([reel.facts(i, stop) for stop in stops]) for i in reel.training])
+        self.named = torch.tensor([reel.named(i) for i in reel.training])
 
     def seen(self, part: list[int]) -> Tensor:
         """How far what the frame encoder tells of each cell is from what stands there."""
         right = self.grids[part].float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-            encoder = self.model.frame_encoder
-            grid = encoder(self.stills[part].float() / 127.5 - 1)
-            told = encoder.there(grid).float(), encoder.what(grid).float()
+        encoder = self.model.frame_encoder
+        grid = encoder(self.stills[part].float() / 127.5 - 1)
+        told = encoder.there(grid).float(), encoder.what(grid).float()
         there = right[..., :1]
         weight = 1 + (RARE - 1) * there
         where = F.binary_cross_entropy_with_logits(told[0], there, weight)
         what = F.binary_cross_entropy_with_logits(told[1], right[..., 1:], reduction="none").mean(-1, True)
         return where + (what * there).sum() / there.sum().clamp(min=1)
 
-    def answered(self, part: list[int], key: str) -> Tensor:
-        """How unlikely the right answers are, and what memory and names tell wrongly after each chunk."""
-        model, reel, rng = self.model, self.reel, random.Random(f"{self.seed} {key} {part}")
-        tokens, cells, told = self.tokens[part].float(), self.cells[part].long(), self.told[part].float()
-        goes_on = torch.rand(len(part)) < (GOES_ON if len(self.left) else 0.0)
-        begin = goes_on * LATEST * torch.rand(len(part))
-        times = begin[:, None] + torch.arange(tokens.shape[1]) / reel.fps
-        state, wrong = model.empty(len(part)), torch.zeros(())
-        if len(self.left):
-            before = self.left[torch.randint(len(self.left), [len(part)])]
-            state = torch.where(goes_on[:, None, None], before, state)
-        states, asked = [], []
+    def loss(self, stage: str, part: list[int], rng: random.Random) -> Tensor:
+        """Of a batch of stills, or of clips."""
+        if stage == "frames":
+            return self.seen(part)
+        states, loss = self.remembered(part, rng.choice(self.recipe.windows))
+        return loss if stage == "things" else loss + self.answered(part, states, rng)
+
+    def remembered(self, part: list[int], window: int) -> tuple[list[Tensor], Tensor]:
+        """The memory after each chunk, and how wrong is what latents tell of the things that they are of."""
+        model, config = self.model, self.model.config
+        tokens, cells = self.tokens[part].float(), self.cells[part].long()
+        facts, where = self.facts[part], self.where[part].long()
+        states, wrong = [model.empty(len(part), window)], []
         for k, at in enumerate(model.chunks(tokens.shape[1])):
-            state = model.remember(tokens[:, at], cells[:, at], times[:, at], state)
-            logits = model.told(state)
-            weight = 1 + (RARE - 1) * told[:, k]
-            wrong = wrong + F.binary_cross_entropy_with_logits(logits, told[:, k], weight)
-            states.append(state)
-            asked += [reel.drawn(i, int(at[-1]), rng) for i in part for _ in range(ASKED)]
-        self.left = state.detach()
+            states.append(model.remember(tokens[:, at], cells[:, at], states[-1]))
+            latents = states[-1][:, (window - 1) * config.latents : window * config.latents]
+            own = cells[:, at, : config.seeds, None] == where[:, at, None]
+            clip, latent, thing = own.flatten(1, 2).nonzero(as_tuple=True)
+            wrong.append(mistaken(model.facts(latents[clip, latent]), facts[clip, k, thing]))
+        return states[1:], torch.stack(wrong).mean()
+
+    def answered(self, part: list[int], states: list[Tensor], rng: random.Random) -> Tensor:
+        """How unlikely the right answers are after each chunk, and how wrong is what names tell of their things."""
+        model, reel = self.model, self.reel
+        stops = [int(at[-1]) for at in model.chunks(self.tokens.shape[1])]
+        asked = [reel.drawn(i, stop, rng) for stop in stops for i in part for _ in range(ASKED)]
         ids, mask = reel.encode([q.text for q in asked])
         right = torch.tensor([reel.answers.index(q.answer) for q in asked])
-        seen = torch.cat(states).repeat_interleave(ASKED, 0)
-        words = model.look(model.text_encoder(ids, mask), mask, seen)
+        words = model.look(model.text_encoder(ids, mask), mask, torch.cat(states))
         row, at, name = reel.mentions(ids).unbind(1)
-        said, ago = model.recalled(words[row, at])
         clip, chunk = row // ASKED % len(part), row // ASKED // len(part)
-        happened = self.ago[part][clip, chunk, name]
-        wrong = wrong + F.binary_cross_entropy_with_logits(said, told[clip, chunk, :, name])
-        wrong = (
-            wrong + (F.smooth_l1_loss(ago, happened.clamp(min=0).log1p(), reduction="none") * (happened >= 0)).mean()
-        )
-        return F.cross_entropy(model.answer(model.norm(words[:, 0])), right) + TOLD * wrong
+        thing = (self.named[part][clip] == name[:, None]).int().argmax(1)
+        wrong = mistaken(model.recalled(words[row, at]), self.facts[part][clip, chunk, thing])
+        return F.cross_entropy(model.answered(words, mask).float(), right) + TOLD * wrong
+
+
+def mistaken(told: Tensor, facts: Tensor) -> Tensor:
+    """How wrong what is told of things is, [M,1+2E] each: see `Reel.facts`."""
+    told, flags = told.float(), 1 + len(EVENTS)
+    happened = facts[:, 1:flags]
+    flagged = F.binary_cross_entropy_with_logits(told[:, :flags], facts[:, :flags], reduction="none").sum(1).mean()
+    since = F.smooth_l1_loss(told[:, flags:], facts[:, flags:], reduction="none", beta=0.1)
+    return flagged + 4 * (since * happened).sum() / len(facts)
 
 
 @torch.inference_mode()
@@ -211,14 +223,18 @@ def tokens_of(model: Watcher, reel: Reel, index: list[int]) -> tuple[Tensor, Ten
 
 
 @torch.inference_mode()
-def validate(model: Watcher, reel: Reel) -> dict[str, float]:
-    """Share of the held-out clips' questions that are answered right: "all", and by kind."""
+def validate(model: Watcher, reel: Reel, kept: tuple[Tensor, Tensor], window: int | None = None) -> dict[str, float]:
+    """Share of the held-out clips' questions that are answered right: "all", and by kind.
+
+    kept  what `tokens_of` has made of those clips;  window  of the memory, the model's own unless given
+    """
     right: dict[str, list[bool]] = defaultdict(list)
-    for part in batches(reel.validation, AT_ONCE):
-        frames = torch.stack([reel.frames(i) for i in part])
-        times = (torch.arange(frames.shape[1]) / reel.fps).expand(len(part), -1)
-        state = model.see(frames, times)
-        asked = [(at, q) for at, i in enumerate(part) for q in reel.questions(i, "validation")]
+    for part in batches(list(range(len(reel.validation))), AT_ONCE):
+        tokens, cells = kept[0][part].float(), kept[1][part].long()
+        state = model.empty(len(part), window)
+        for at in model.chunks(tokens.shape[1]):
+            state = model.remember(tokens[:, at], cells[:, at], state)
+        asked = [(at, q) for at, i in enumerate(part) for q in reel.questions(reel.validation[i], "validation")]
         ids, mask = reel.encode([q.text for _, q in asked])
         logits = model.read(model.text_encoder(ids, mask), mask, state[torch.tensor([at for at, _ in asked])])
         for (_, question), best in zip(asked, logits.argmax(1).tolist(), strict=True):
