@@ -204,7 +204,7 @@ class TrainWatcher(Strict):
 
     clips, validation_clips  to learn from, and of the test split to judge by
     frame_*, thing_*, clip_* of what sees single frames, of what happens to things, and of answers
-    windows                  of the memory, in chunks: one is drawn for each batch of clips
+    windows                  of the memory, in chunks: one is drawn for each batch; the model's own unless given
     """
 
     threads: int = Field(1, ge=1)
@@ -215,7 +215,7 @@ class TrainWatcher(Strict):
     frame_epochs: int = Field(2, ge=1)
     thing_epochs: int = Field(8, ge=1)
     clip_epochs: int = Field(16, ge=1)
-    windows: tuple[int, ...] = Field((4,), min_length=1)
+    windows: tuple[Annotated[int, Field(ge=1)], ...] = ()
     learning_rate: float = Field(1e-3, gt=0)
     bf16: bool = Field(True, description="of the frame encoder in training")
     model: dict[str, Any] = {}

@@ -16,7 +16,6 @@ def command(
         Path, typer.Argument(help="A directory of images in the order of their names, or one image of square frames.")
     ],
     text: Annotated[list[str], typer.Option(help="Question, asked after the last frame; may be given often.")],
-    fps: Annotated[float, typer.Option(help="Frames a second.")] = 8.0,
     require_signature: Annotated[
         Optional[Path], typer.Option(metavar="KEY", help="Refuse a bundle without a signature by this key.")
     ] = None,
@@ -28,7 +27,7 @@ def command(
 
     session = load_bundle(bundle, require_signature=require_signature)
     watch = Watch(session)
-    watch.see(frames_of(frames, watch.side), fps)
+    watch.see(frames_of(frames, watch.side))
     answers = [watch.ask(question) for question in text]
     if json:
         rows = [{"text": t, **a.as_json("labels")} for t, a in zip(text, answers, strict=True)]

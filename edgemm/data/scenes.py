@@ -101,7 +101,7 @@ def captions(split: str) -> list[Sample]:
 def watched(split: str) -> list[Sample]:
     """Three questions about each of 100 clips ("train") or 400 ("test"), for models that watch.
 
-    tensors  frames float32[F,3,64,64], -1..1;  times float32[F], seconds
+    tensors  frames float32[F,3,64,64], -1..1, FPS a second
     """
     _known(split)
     return list(_watched(split))
@@ -136,10 +136,9 @@ def _watched(split: str) -> tuple[Sample, ...]:
     rng, found = random.Random(f"clip questions {split} 0"), []
     for i, clip in enumerate(islice(clips(split, 0), CLIPS[split])):
         pixels = frames(clip).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-        shown = {"frames": pixels, "times": np.arange(len(pixels), dtype=np.float32) / FPS}
         name = f"{split}-clip-{i:05d}"
         found += [
-            Sample(f"{name}-{q.kind}", name, text=q.text, label=q.answer, kind=q.kind, tensors=shown)
+            Sample(f"{name}-{q.kind}", name, text=q.text, label=q.answer, kind=q.kind, tensors={"frames": pixels})
             for q in clip_questions(clip, rng)
         ]
     return tuple(found)

@@ -1,6 +1,6 @@
 """The watcher of clips (edgemm/reasoner/watcher.py) as a model family: frames by chunks, questions on what was seen.
 
-watch         a chunk of frames, their times, the memory's state before -> the state after; see runtime/recurrence.py
+watch         a chunk of frames, the memory's state before -> the state after; see runtime/recurrence.py
 text_encoder  a question's words
 reader        the words and the state -> the answer
 """
@@ -52,9 +52,9 @@ class Watch(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, frames: Tensor, times: Tensor, state: Tensor) -> Tensor:
-        """frames [B,F,3,S,S], -1..1, times [B,F] in seconds, state [B,M,D] -> seen [B,M,D]."""
-        return self.model.watch(frames, times, state)
+    def forward(self, frames: Tensor, state: Tensor) -> Tensor:
+        """frames [B,F,3,S,S], -1..1, state [B,R,D] -> seen [B,R,D]."""
+        return self.model.watch(frames, state)
 
 
 class Reader(nn.Module):
@@ -63,22 +63,21 @@ class Reader(nn.Module):
         self.model = model
 
     def forward(self, text_tokens: Tensor, attention_mask: Tensor, seen: Tensor) -> Tensor:
-        """text_tokens [B,T,D], attention_mask int64 [B,T], seen [B,M,D] -> logits [B,A]."""
+        """text_tokens [B,T,D], attention_mask int64 [B,T], seen [B,R,D] -> logits [B,A]."""
         return self.model.read(text_tokens, attention_mask, seen)
 
 
 def components(model: Watcher) -> list[Component]:
     config = model.config
-    side, memory = config.image_size, ("batch", config.slots, config.width)
+    side, memory = config.image_size, ("batch", config.rows, config.width)
     batch, words = {"batch": MAX_BATCH}, {"batch": MAX_BATCH, "tokens": config.max_tokens}
     ids, mask = (Spec(name, "int64", ("batch", "tokens")) for name in ("input_ids", "attention_mask"))
     text = Spec("text_tokens", "float32", ("batch", "tokens", config.width))
     state, seen = (Spec(name, "float32", memory) for name in ("state", "seen"))
     frames = Spec("frames", "float32", ("batch", config.chunk, 3, side, side))
-    watched = frames, Spec("times", "float32", ("batch", config.chunk)), state
     logits = Spec("logits", "float32", ("batch", len(config.answers)))
     return [
-        Component("watch", Watch(model), watched, (seen,), batch, state=("state", "seen")),
+        Component("watch", Watch(model), (frames, state), (seen,), batch, state=("state", "seen")),
         Component("text_encoder", model.text_encoder, (ids, mask), (text,), words, {"input_ids": config.vocab_size}),
         Component("reader", Reader(model), (text, mask, seen), (logits,), words),
     ]
@@ -103,6 +102,5 @@ def program(model: Watcher, directory: Path) -> dict[str, Any]:
         "tokenizer": "tokenizer.json",
         "max_tokens": config.max_tokens,
     }
-    tensors = [{"tensor": name, "kind": "tensor"} for name in ("frames", "times")]
     output = {"kind": "labels", "tensor": "logits", "labels": list(config.answers)}
-    return {"text": text, "tensors": tensors, "output": output}
+    return {"text": text, "tensors": [{"tensor": "frames", "kind": "tensor"}], "output": output}

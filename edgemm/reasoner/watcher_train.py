@@ -170,7 +170,7 @@ class _Run:
         """Of a batch of stills, or of clips."""
         if stage == "frames":
             return self.seen(part)
-        states, loss = self.remembered(part, rng.choice(self.recipe.windows))
+        states, loss = self.remembered(part, rng.choice(self.recipe.windows or (self.model.config.window,)))
         return loss if stage == "things" else loss + self.answered(part, states, rng)
 
     def remembered(self, part: list[int], window: int) -> tuple[list[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from edgemm.runtime.query import Answer, Array, Encoded
 from edgemm.runtime.recurrence import read_chunks
 from edgemm.runtime.session import Session
 
-FRAMES, TIMES = "frames", "times"  # inputs of the component that watches
+FRAMES = "frames"  # what the component that watches is given
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 Frame = NDArray[np.uint8]
 
@@ -26,7 +26,7 @@ class Watch:
 
     def __init__(self, session: Session) -> None:
         watching = [c for c in session.components.values() if c.spec["state"]]
-        if not watching or session.sources.get("tensors") != {FRAMES, TIMES}:
+        if not watching or session.sources.get("tensors") != {FRAMES}:
             raise InputError("the model watches no video", fix="use a bundle of a scenes_watcher")
         self.session, self.component, self.frames = session, watching[0], 0
         shapes = {port["name"]: port["shape"] for port in self.component.spec["inputs"]}
@@ -34,10 +34,8 @@ class Watch:
         self.before, self.after = self.component.spec["state"]
         self.state: Array | None = None
 
-    def see(self, frames: Iterable[Frame], fps: float) -> None:
-        """Go on with these frames, uint8[S,S,3] each, evenly spaced; they are read a chunk at a time."""
-        if not fps > 0:
-            raise InputError(f"{fps} frames a second", fix="give more than 0")
+    def see(self, frames: Iterable[Frame]) -> None:
+        """Go on with these frames, uint8[S,S,3] each, as many a second as in training; they are read a chunk at a time."""
         waiting = iter(frames)
         while chunk := list(islice(waiting, self.chunk)):
             for frame in chunk:
@@ -46,8 +44,7 @@ class Watch:
                         f"a frame is {frame.dtype}{list(frame.shape)}", fix=f"give uint8[{self.side},{self.side},3]"
                     )
             pixels = np.stack(chunk).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-            times = (np.arange(self.frames, self.frames + len(chunk)) / fps).astype(np.float32)
-            known = {FRAMES: pixels[None], TIMES: times[None]}
+            known = {FRAMES: pixels[None]}
             if self.state is not None:
                 known[self.before] = self.state
             self.state = read_chunks(self.component, known)[self.after]

@@ -37,7 +37,7 @@ def main() -> int:
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     warm_up = scenes.frames(next(clips))
     for _ in range(20):  # compiled, and with its buffers, before anything counts
-        Watch(session).see(warm_up, scenes.FPS)
+        Watch(session).see(warm_up)
     marks: list[tuple[int, float, float, float]] = []
     spent: list[float] = []
     block: list[bool] = []
@@ -45,10 +45,10 @@ def main() -> int:
         clip = next(clips)
         frames = scenes.frames(clip)
         begin = time.perf_counter()
-        watch.see(frames, scenes.FPS)
+        watch.see(frames)
         spent.append((time.perf_counter() - begin) * 1e3 / len(frames))
         last = Watch(session)
-        last.see(frames[-watch.chunk :], scenes.FPS)
+        last.see(frames[-watch.chunk :])
         for question in scenes.clip_questions(clip, rng):
             labels[question.kind].append(question.answer)
             for name, seen in (("all", watch), ("last chunk", last)):

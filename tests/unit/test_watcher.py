@@ -6,7 +6,8 @@ import json
 import random
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,14 +23,15 @@ from edgemm.errors import InputError
 from edgemm.models import _graph, find_family, open_fp32, read_model, reasoner, scenes_watcher, whole_program
 from edgemm.models._sources import EMBEDDED
 from edgemm.reasoner import watcher_train as training
-from edgemm.reasoner.memory import Look, RecurrentMemory, Resampler
+from edgemm.reasoner.memory import Look, RecurrentMemory, Resampler, known
 from edgemm.reasoner.reel import Reel
-from edgemm.reasoner.watcher import STATUSES, Watcher, WatcherConfig
+from edgemm.reasoner.watcher import EVENTS, Watcher, WatcherConfig
 from edgemm.reasoner.watcher_train import train_watcher
 from edgemm.recipe import TrainWatcher
 from edgemm.report.bom import bill_of_materials
 from edgemm.runtime.bundle import write_bundle
 from edgemm.runtime.program import ComponentSpec
+from edgemm.runtime.recurrence import read_chunks
 from edgemm.runtime.serving.model import Model
 from edgemm.runtime.serving.options import Options
 from edgemm.runtime.session import Session, open_directory
@@ -39,7 +41,7 @@ from edgemm.triton import write_repository
 from tests.bundles import RECIPE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL: dict[str, Any] = {"width": 32, "text_layers": 1, "channels": 8, "latents": 3, "slots": 5, "readers": 1}
+SMALL: dict[str, Any] = {"width": 32, "text_layers": 1, "channels": 8, "seeds": 3, "window": 2, "slots": 5, "readers": 1}
 QUESTION = "is there a red circle at the end?"
 
 
@@ -51,7 +53,8 @@ def reel() -> Reel:
 @pytest.fixture(scope="module")
 def model(reel: Reel) -> Watcher:
     torch.manual_seed(0)
-    config = WatcherConfig(reel.answers, reel.names, reel.words, reel.tokenizer.get_vocab_size(), **SMALL)
+    ids = tuple(reel.tokenizer.token_to_id(word) for word in reel.words)
+    config = WatcherConfig(reel.answers, reel.words, ids, reel.tokenizer.get_vocab_size(), **SMALL)
     made = Watcher(config).eval()
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -123,67 +126,91 @@ def test_a_look_is_attention_and_a_step_by_hand() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_latents_are_as_many_whatever_the_length(tokens: int) -> None:
-    resampler = Resampler(8, 2, 2, latents=3, layers=2)
-    latents = resampler(torch.randn(2, tokens, 8), torch.zeros(2, tokens))
+    resampler = Resampler(8, 2, 2, layers=2)
+    latents = resampler(torch.randn(2, 3, 8), torch.randn(2, tokens, 8), torch.zeros(2, tokens))
     assert latents.shape == (2, 3, 8)
+    assert torch.allclose(latents.square().mean(2), torch.ones(2, 3), atol=1e-3)
 
 
 def test_what_does_not_count_is_not_looked_at() -> None:
-    resampler, tokens = Resampler(8, 2, 2, latents=3, layers=2), torch.randn(2, 6, 8)
+    resampler, seeds, tokens = Resampler(8, 2, 2, layers=2), torch.randn(2, 3, 8), torch.randn(2, 6, 8)
     counts = torch.tensor([0.0, -1e4, 0.0, -1e4, -1e4, 0.0]).expand(2, -1)
     kept = counts[0] == 0
-    assert torch.allclose(resampler(tokens, counts), resampler(tokens[:, kept], counts[:, kept]), atol=1e-5)
+    assert torch.allclose(resampler(seeds, tokens, counts), resampler(seeds, tokens[:, kept], counts[:, kept]), atol=1e-5)
 
 
-def test_the_gate_goes_between_what_was_and_what_is_new() -> None:
+def test_the_window_keeps_the_last_chunks_and_slots_take_what_leaves_it_by_a_gate() -> None:
     torch.manual_seed(0)
-    memory, latents, state = RecurrentMemory(8, 2, 2, slots=4), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    memory, first, later = RecurrentMemory(8, 2, 2, slots=4), torch.randn(2, 3, 8), torch.randn(5, 2, 3, 8)
+    empty = torch.zeros(2, 2 * 3 + 4, 8)
+    once = memory(empty, first)
+    assert torch.equal(once, torch.cat([empty[:, :3], first, empty[:, 6:]], 1))  # nothing has left: no slot moves
+    full = memory(once, later[0])
+    assert torch.equal(full, torch.cat([first, later[0], empty[:, 6:]], 1))
     with torch.no_grad():
         memory.gate.weight.zero_()
         memory.gate.bias.fill_(-50)
-        assert torch.allclose(memory(state, latents), state, atol=1e-5)
+        assert torch.allclose(memory(full, later[1]), torch.cat([later[0], later[1], empty[:, 6:]], 1), atol=1e-5)
         memory.gate.bias.fill_(50)
-        slots = memory.start + state
-        new = memory.norm(memory.look(slots, torch.cat([slots, latents], 1)))
-        assert torch.allclose(memory.slots(memory(state, latents)), new, atol=1e-5)
+        leaves = first / first.square().mean((1, 2), keepdim=True).sqrt()
+        slots = memory.start.expand(2, -1, -1)
+        new = memory.norm(memory.look(slots, torch.cat([slots, leaves], 1)))
+        after = memory(torch.cat([leaves, full[:, 3:]], 1), later[1])
+        assert torch.allclose(memory.parts(after)[1], new, atol=1e-5)
+
+
+def test_rows_of_nothing_are_not_looked_at() -> None:
+    assert known(torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 8)], 1)).tolist() == [pytest.approx([-29.9, -29.9, 0, 0], abs=0.1)]
 
 
 @torch.inference_mode()
-def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher) -> None:
-    frames, times = torch.randn(2, 4, 3, 64, 64), torch.arange(4).expand(2, -1) / 8
-    grids = model.frame_encoder.grid(frames.flatten(0, 1)).unflatten(0, (2, 4))
+def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher, reel: Reel) -> None:
+    """One chunk's tokens and seeds, gathered cell by cell, go through the resampler alone; words look at its latents."""
+    frames, config = torch.randn(2, 4, 3, 64, 64), model.config
+    encoder, embeddings = model.frame_encoder, model.text_encoder.bert.embeddings.word_embeddings.weight
+    grids = encoder.grid(frames.flatten(0, 1)).unflatten(0, (2, 4))
     tokens: list[list[Any]] = [[], []]
+    seeds: list[list[Any]] = [[], []]
     counts: list[list[Any]] = [[], []]
     for n in range(2):
         for f in range(4):
-            cells = [(float(model.frame_encoder.there(grids[n, f, :, y, x])), y, x) for y in range(8) for x in range(8)]
-            for there, y, x in sorted(cells)[-model.config.cells :]:
-                moment = model.moment(training_signal(f / 8, model.config.width))
-                tokens[n].append(
-                    model.project(grids[n, f, :, y, x]) + model.place.weight[8 * y + x] + moment + model.turn[f, 0]
-                )
+            cells = [(float(encoder.there(grids[n, f, :, y, x])), y, x) for y in range(16) for x in range(16)]
+            for at, (there, y, x) in enumerate(sorted(cells, reverse=True)[: config.cells]):
+                cell = grids[n, f, :, y, x]
+                spelled = torch.zeros(config.width)
+                for share, word in zip(encoder.what(cell).sigmoid(), config.word_ids, strict=True):
+                    spelled += share * encoder.there(cell).sigmoid() * embeddings[word] * 50 / 2**0.5
+                token = spelled + model.project(cell) + model.place.weight[16 * y + x] + model.age[f - 4]
+                tokens[n].append(token)
+                seeds[n] += [token] * (at < config.seeds)
                 counts[n].append(np.log(1 / (1 + np.exp(-there))))
-    latents = model.resampler(torch.stack([torch.stack(t) for t in tokens]), torch.tensor(counts).float())
-    expected = model.memory(model.empty(2), latents)
-    assert torch.allclose(model.see(frames, times), expected, atol=1e-5)
-
-
-def training_signal(seconds: float, width: int) -> torch.Tensor:
-    periods = [0.1 * 10_000 ** (i / (width // 2 - 1)) for i in range(width // 2)]
-    angles = torch.tensor([2 * np.pi * seconds / p for p in periods])
-    return torch.cat([angles.sin(), angles.cos()])
+    made = [torch.stack([torch.stack(row) for row in rows]) for rows in (seeds, tokens)]
+    latents = model.resampler(*made, torch.tensor(counts).float())
+    state = model.see(frames)
+    window, slots = model.memory.parts(state)
+    assert torch.allclose(window[:, -config.latents :], latents, atol=1e-4)
+    assert not window[:, : -config.latents].any()
+    assert torch.equal(slots, model.memory.start.expand(2, -1, -1))
+    ids, mask = reel.encode([QUESTION, QUESTION])
+    words = model.text_encoder(ids, mask)
+    keys = torch.cat([latents + model.age[-4:].repeat_interleave(config.seeds, 0), slots], 1)
+    seen = words
+    for reader, mixer in zip(model.readers, model.mixers, strict=True):
+        seen = reader(seen, keys)
+        seen = mixer(seen, seen)
+    assert torch.allclose(model.look(words, mask, state), seen, atol=1e-4)
 
 
 def test_chunks_are_seen_one_after_the_other_and_the_last_is_filled_up(model: Watcher) -> None:
-    frames, times = torch.randn(1, 10, 3, 64, 64), torch.arange(10)[None] / 8
+    frames = torch.randn(1, 10, 3, 64, 64)
     state = model.empty(1)
     for at in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]):
-        state = model.watch(frames[:, at], times[:, at], state)
-    assert torch.equal(model.see(frames, times), state)
+        state = model.watch(frames[:, at], state)
+    assert torch.equal(model.see(frames), state)
 
 
 def test_padding_of_a_question_counts_for_nothing(model: Watcher, reel: Reel) -> None:
-    state = model.see(torch.randn(1, 4, 3, 64, 64), torch.arange(4)[None] / 8)
+    state = model.see(torch.randn(1, 4, 3, 64, 64))
     ids, mask = reel.encode([QUESTION, "has the red circle just moved onto the blue square?"])
     assert not bool(mask.all())
     both = model.read(model.text_encoder(ids, mask), mask, state.expand(2, -1, -1))
@@ -191,20 +218,27 @@ def test_padding_of_a_question_counts_for_nothing(model: Watcher, reel: Reel) ->
     assert torch.allclose(model.read(model.text_encoder(ids, mask), mask, state), both[:1], atol=1e-4)
 
 
-def test_what_the_memory_is_taught_is_what_happens(reel: Reel) -> None:
+def test_what_latents_and_names_are_taught_is_what_happens(reel: Reel) -> None:
     for i, clip in enumerate(reel.clips[:6]):
-        told = dict(zip(STATUSES, reel.told(i, 15, 12), strict=True))
-        there = {t.name for t, track in zip(clip.things, clip.tracks, strict=True) if track[15]}
-        assert {n for n, x in zip(reel.names, told["there"], strict=True) if x} == there
-        for status, kind in (("came", "appears"), ("went", "vanishes"), ("moved onto another", "onto")):
-            names = {e.subject for e in clip.events if e.kind == kind}
-            assert {n for n, x in zip(reel.names, told[status], strict=True) if x} == names
-        happened = {e.subject: (15 - e.frame) / 8 for e in clip.events if e.frame <= 15}
-        ago = dict(zip(reel.names, reel.ago(i, 15).tolist(), strict=True))
-        assert {n for n, seconds in ago.items() if seconds >= 0} == set(happened)
-        assert all(ago[e.subject] <= (15 - e.frame) / 8 for e in clip.events if e.frame <= 15)
-        grid = reel.grid(i, 0, 8)
+        assert [reel.names[q] for q in reel.named(i)] == [thing.name for thing in clip.things]
+        for frame in (7, 15):
+            facts = reel.facts(i, frame)
+            assert facts[:, 0].tolist() == [float(track[frame] is not None) for track in clip.tracks]
+            happened = {(e.subject, e.kind): e.frame for e in clip.events if e.frame <= frame}
+            happened |= {(e.target, "is moved onto"): e.frame for e in clip.events if e.kind == "onto" and e.frame <= frame}
+            told = {
+                (thing.name, kind): frame - round(8 * float(row[9 + at].expm1()))
+                for thing, row in zip(clip.things, facts, strict=True)
+                for at, kind in enumerate(EVENTS)
+                if row[1 + at]
+            }
+            assert told == happened
+        grid, where = reel.grid(i, 0, 16), reel.where(i, 16)
         assert grid[:, 0].sum() == sum(track[0] is not None for track in clip.tracks)
+        for thing, track, cells in zip(clip.things, clip.tracks, where.T.tolist(), strict=True):
+            assert cells == [-1 if at is None else 16 * (at[1] // 4) + at[0] // 4 for at in track]
+            if cells[0] >= 0:
+                assert {w for w, x in zip(reel.words, grid[cells[0], 1:], strict=True) if x} == {thing.colour, thing.shape}
 
 
 def test_the_last_word_of_a_name_is_of_its_thing(reel: Reel) -> None:
@@ -221,10 +255,10 @@ def test_graphs_watch_and_answer_as_the_model(model: Watcher, directory: Path, g
     shown = video(10)
     frames = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
     ids, mask = reel.encode([QUESTION])
-    expected = model(frames, torch.arange(10)[None] / 8, ids, mask)[0].detach().numpy()
+    expected = model(frames, ids, mask)[0].detach().numpy()
     for session in (graphs, open_fp32(scenes_watcher, model, directory)):
         watch = Watch(session)
-        watch.see(iter(shown), fps=8)
+        watch.see(iter(shown))
         answer = watch.ask(QUESTION)
         assert watch.frames == 10
         assert np.allclose(answer.outputs["logits"], expected, atol=1e-4)
@@ -235,9 +269,9 @@ def test_graphs_watch_and_answer_as_the_model(model: Watcher, directory: Path, g
 def test_a_session_takes_a_whole_clip_by_the_same_way(graphs: Session, frames: int) -> None:
     shown, met = video(frames), []
     watch = Watch(graphs)
-    watch.see(shown, fps=8)
+    watch.see(shown)
     pixels = np.stack(shown).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-    clip = {"frames": pixels, "times": np.arange(frames, dtype=np.float32) / 8}
+    clip = {"frames": pixels}
     graphs.observe = lambda name, given: met.append((name, given))
     answer = graphs.run(text=QUESTION, tensors=clip)
     graphs.observe = None
@@ -248,11 +282,15 @@ def test_a_session_takes_a_whole_clip_by_the_same_way(graphs: Session, frames: i
     assert not chunks[0]["state"].any()
 
 
-def test_inputs_of_other_lengths_are_refused(graphs: Session) -> None:
-    for frames, times in ((4, 5), (0, 0)):
-        clip = {"frames": np.zeros((frames, 3, 64, 64), np.float32), "times": np.zeros(times, np.float32)}
-        with pytest.raises(InputError, match=f"there are {frames} of frames, {times} of times"):
-            graphs.run(text=QUESTION, tensors=clip)
+def test_inputs_of_other_lengths_are_refused() -> None:
+    def port(name: str, *shape: int) -> dict[str, Any]:
+        return {"name": name, "dtype": "float32", "shape": ["batch", *shape]}
+
+    spec = {"name": "watch", "state": ["state", "seen"], "inputs": [port("a", 4), port("b", 4), port("state", 5)]}
+    for a, b in ((4, 5), (0, 0)):
+        known = {"a": np.zeros((1, a), np.float32), "b": np.zeros((1, b), np.float32)}
+        with pytest.raises(InputError, match=f"there are {a} of a, {b} of b"):
+            read_chunks(cast(Any, SimpleNamespace(spec=spec)), known)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +298,7 @@ def test_inputs_of_other_lengths_are_refused(graphs: Session) -> None:
     [
         ({"state": ["state", "logits"]}, "state and logits are no input and output"),
         ({"state": ["before", "seen"]}, "before and seen are no input and output"),
-        ({"outputs": [{"name": "seen", "dtype": "float32", "shape": ["batch", 5, 31]}]}, "of one fixed shape"),
+        ({"outputs": [{"name": "seen", "dtype": "float32", "shape": ["batch", 17, 32]}]}, "of one fixed shape"),
         ({"state": ["frames", "seen"]}, "of one fixed shape"),
     ],
 )
@@ -272,10 +310,11 @@ def test_a_state_that_does_not_go_round_is_refused(graphs: Session, change: dict
 
 def test_chunks_of_two_sizes_are_refused(graphs: Session) -> None:
     component = graphs.program["components"][0]
-    frames, times, state = component["inputs"]
+    frames, state = component["inputs"]
     for shape in (["batch", 5], ["batch"], ["batch", "chunk"]):
+        times = {"name": "times", "dtype": "float32", "shape": shape}
         with pytest.raises(ValueError, match="no chunks of one fixed size"):
-            ComponentSpec.model_validate({**component, "inputs": [frames, {**times, "shape": shape}, state]})
+            ComponentSpec.model_validate({**component, "inputs": [frames, times, state]})
 
 
 def test_the_scenes_to_watch_are_those_that_are_written() -> None:
@@ -288,30 +327,28 @@ def test_the_scenes_to_watch_are_those_that_are_written() -> None:
     ]
     pixels = (rows[3].tensors["frames"] + 1) * 127.5
     assert np.array_equal(pixels.round().astype(np.uint8).transpose(0, 2, 3, 1), scenes.frames(drawn[1]))
-    assert rows[3].tensors["times"].tolist() == [i / 8 for i in range(16)]
     assert [r.group for r in rows[:6]] == ["train-clip-00000"] * 3 + ["train-clip-00001"] * 3
 
 
 def test_seen_in_parts_is_seen_at_once(graphs: Session) -> None:
     shown, whole, parts = video(12), Watch(graphs), Watch(graphs)
-    whole.see(shown, fps=8)
-    parts.see(shown[:4], fps=8)
+    whole.see(shown)
+    parts.see(shown[:4])
     parts.ask(QUESTION)
-    parts.see(shown[4:], fps=8)
+    parts.see(shown[4:])
     assert np.array_equal(whole.state, parts.state)
 
 
 def test_a_long_video_leaves_a_memory_of_the_same_size_and_no_overflow(model: Watcher) -> None:
     torch.manual_seed(0)
     state, tokens = model.empty(1), torch.randn(7, 1, 4, 8, model.config.channels) * 3
-    cells = torch.randint(64, (7, 1, 4, 8))
+    cells = torch.randint(256, (7, 1, 4, 8))
     largest = []
     with torch.inference_mode():
         for chunk in range(2500):  # 10,000 frames
-            times = (torch.arange(4)[None] + 4 * chunk) / 8
-            state = model.remember(tokens[chunk % 7], cells[chunk % 7], times, state)
+            state = model.remember(tokens[chunk % 7], cells[chunk % 7], state)
             largest.append(float(state.abs().max()))
-    assert state.shape == (1, model.config.slots, model.config.width)
+    assert state.shape == (1, model.config.rows, model.config.width)
     assert max(largest[-100:]) <= 2 * max(largest[:100])
 
 
@@ -319,8 +356,8 @@ def test_edgemm_watch_answers_each_question_as_the_session_does(bundle: Path, gr
     clip = scenes.frames(next(scenes.clips("test", 0)))
     (tmp_path / "clip.png").write_bytes(scenes.png(clip.reshape(-1, 64, 3)))
     watch, other = Watch(graphs), "is there a blue square at the end?"
-    watch.see(clip, fps=4)
-    asked = ["--text", QUESTION, "--text", other, "--fps", "4"]
+    watch.see(clip)
+    asked = ["--text", QUESTION, "--text", other]
     shown = CliRunner().invoke(build_app(), ["watch", str(bundle), str(tmp_path / "clip.png"), *asked, "--json"])
     assert shown.exit_code == 0, shown.output
     expected = [{"text": text, **watch.ask(text).as_json("labels")} for text in (QUESTION, other)]
@@ -349,9 +386,7 @@ def test_what_is_no_video_is_refused(graphs: Session, directory: Path, tmp_path:
     with pytest.raises(InputError, match="nothing was seen yet"):
         watch.ask(QUESTION)
     with pytest.raises(InputError, match=r"a frame is uint8\[32, 32, 3\]"):
-        watch.see([np.zeros((32, 32, 3), np.uint8)], fps=8)
-    with pytest.raises(InputError, match="0 frames a second"):
-        watch.see(video(1), fps=0)
+        watch.see([np.zeros((32, 32, 3), np.uint8)])
     with pytest.raises(InputError, match="has no images"):
         list(frames_of(tmp_path, 64))
     (tmp_path / "a.png").write_bytes(b"no image")
@@ -380,7 +415,7 @@ def test_frames_stand_one_below_the_other_in_the_files_of_clips(tmp_path: Path) 
 
 
 def recipe(**changes: Any) -> TrainWatcher:
-    sizes = {"clips": 8, "validation_clips": 4, "frame_epochs": 1, "clip_epochs": 2, "clip_batch": 4}
+    sizes = {"clips": 8, "validation_clips": 4, "frame_epochs": 1, "thing_epochs": 1, "clip_epochs": 2, "clip_batch": 4, "windows": (1, 2)}
     return TrainWatcher.model_validate({**sizes, "bf16": False, "model": SMALL, **changes})
 
 
@@ -389,11 +424,11 @@ def test_training_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytes
     answered = training._Run.answered
     calls = []
 
-    def dies(run: Any, part: list[int], key: str) -> Any:
+    def dies(run: Any, part: list[int], *given: Any) -> Any:
         calls.append(part)
         if len(calls) == 3:  # in the second epoch of clips
             raise KeyboardInterrupt
-        return answered(run, part, key)
+        return answered(run, part, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "answered", dies)
