@@ -50,15 +50,16 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList(Look(width, heads, ffn_ratio, alike=True) for _ in range(layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
 
-    def forward(self, seeds: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, seeds: Tensor, names: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
         """seeds [N,L,D], tokens [N,T,D], the logarithm [N,T] of how much each counts, 0 for wholly -> latents [N,L,D].
 
+        names  [N,L,D] of what seeds are of: half of a latent, so that words find it by them
         The squares of a latent's numbers are 1 on average.
         """
         mask = F.pad(weights, (0, seeds.shape[1]))[:, None, None]
         for layer in self.layers:
             seeds = layer(seeds, torch.cat([tokens, seeds], 1), mask)
-        latents: Tensor = self.norm(seeds)
+        latents: Tensor = self.norm(self.norm(seeds) + names)
         return latents
 
 

@@ -166,11 +166,13 @@ class Watcher(nn.Module):
         Cells that the frame encoder takes for empty are hardly looked at.
         """
         chunk, seeds = self.config.chunk, self.config.seeds
-        seen = self.spell(tokens) + self.project(tokens) + self.place(cells) + self.age[-chunk:, None]
+        spelled = self.spell(tokens)
+        seen = spelled + self.project(tokens) + self.place(cells) + self.age[-chunk:, None]
         there = F.logsigmoid(self.frame_encoder.there(tokens)[..., 0]).flatten(1).detach()
         before, _ = self.memory.parts(state)
         keys = torch.cat([self.aged(before, chunk), seen.flatten(1, 2)], 1)
-        latents = self.resampler(seen[:, :, :seeds].flatten(1, 2), keys, torch.cat([known(before), there], 1))
+        first, names = (x[:, :, :seeds].flatten(1, 2) for x in (seen, spelled))
+        latents = self.resampler(first, names, keys, torch.cat([known(before), there], 1))
         after: Tensor = self.memory(state, latents)
         return after
 
@@ -215,6 +217,7 @@ class Watcher(nn.Module):
         keys = torch.cat([self.aged(window, 0), slots], 1)
         there = F.pad(known(window), (0, slots.shape[1]))[:, None, None]
         hidden = additive_mask(mask, words.dtype)
+        words = words + F.pad(words[:, :-1], (0, 0, 1, 0))  # a shape with its colour is like what `spell` makes of both
         for reader, mixer in zip(self.readers, self.mixers, strict=True):
             shape = words.shape
             if shape[0] != keys.shape[0]:

@@ -1,8 +1,7 @@
 """Training of the watcher on drawn clips: first what stands where in a frame, then memory and answers on frozen frames.
 
 Stage 1, frames, teaches the frame encoder what stands in each cell of single frames; stage 2, clips, everything else
-on the tokens of stage 1, which are made once. Beside the answers the memory learns to tell, after each chunk, what is
-there, what moves, what has come, gone and been moved onto.
+on the tokens of stage 1, which are made once.
 
 Every epoch seeds itself from (seed, stage, epoch), so a run that was killed continues bit for bit.
 
@@ -37,6 +36,8 @@ STAGES = ("frames", "things", "clips")
 STILLS = 6  # frames of a clip that stage 1 learns from
 AT_ONCE = 32  # clips
 RARE = 8.0  # how much what is there counts beside what isn't: little of what could be is
+RATES = {"frames": 1.0, "things": 2.0, "clips": 1.0}  # of the recipe's learning rate
+GOES_ON = 0.5  # share of clips that are shown after others, in the second half of the last stage
 TOLD = 0.5  # weight of what names tell, beside that of the answers and of what latents tell, which is 1
 ASKED = 4  # questions after each chunk of each clip
 
@@ -68,6 +69,8 @@ class _Run:
     def __init__(self, model: Watcher, reel: Reel, recipe: TrainWatcher, seed: int, out: Path) -> None:
         self.model, self.reel, self.recipe, self.seed, self.out = model, reel, recipe, seed, out
         self.tokens = self.cells = self.where = self.facts = self.named = self.stills = self.grids = torch.zeros(0)
+        self.left: dict[int, Tensor] = {}  # what the clips before left in the memory, by its window
+        self.varied = False  # whether clips go on and windows differ
         self.checkpoint = torch.load(p, weights_only=True) if (p := out / "checkpoint.pt").exists() else None
         if self.checkpoint is None:
             with (out / "log.csv").open("w", newline="") as f:
@@ -83,7 +86,7 @@ class _Run:
             self.model.frame_encoder.requires_grad_(requires_grad=False)
             self.model.text_encoder.bert.set_attn_implementation("eager")  # as model.attend does in training
         learned = self.model.frame_encoder if name == "frames" else self.model
-        rate = self.recipe.learning_rate
+        rate = self.recipe.learning_rate * RATES[name]
         optimizer = torch.optim.AdamW([p for p in learned.parameters() if p.requires_grad], rate, weight_decay=0.02)
         first = 0
         if kept and kept["stage"] == name:
@@ -114,8 +117,10 @@ class _Run:
         rng = random.Random(f"{self.seed} {stage} {epoch}")
         torch.manual_seed(rng.getrandbits(63))
         self.model.train()
+        self.left.clear()
+        self.varied = stage == "clips" and epoch >= epochs // 2
         index = list(range(len(self.stills))) if stage == "frames" else self.reel.training
-        size = recipe.frame_batch if stage == "frames" else recipe.clip_batch
+        size = {"frames": recipe.frame_batch, "things": recipe.thing_batch, "clips": recipe.clip_batch}[stage]
         parts = [part for part in batches(rng.sample(index, len(index)), size) if len(part) > 1]
         if stage != "frames":
             self.model.frame_encoder.eval()
@@ -123,7 +128,7 @@ class _Run:
         for step, part in enumerate(progress(parts, f"{stage} {epoch + 1}/{epochs}"), epoch * len(parts)):
             rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * rate
+                group["lr"] = recipe.learning_rate * RATES[stage] * rate
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 loss = self.loss(stage, part, random.Random(f"{self.seed} {stage} {epoch} {part}"))
             loss.backward()
@@ -147,7 +152,8 @@ class _Run:
     def draw_clips(self) -> None:
         """What is kept of each clip's frames, where things are in them, what has happened to them after each chunk."""
         reel, config = self.reel, self.model.config
-        self.tokens, self.cells = tokens_of(self.model.eval(), reel, reel.training)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            self.tokens, self.cells = tokens_of(self.model.eval(), reel, reel.training)
         self.held = tokens_of(self.model, reel, reel.validation)
         stops = [int(at[-1]) for at in self.model.chunks(self.tokens.shape[1])]
         self.where = torch.stack([reel.where(i, config.side) for i in reel.training])
@@ -170,7 +176,8 @@ class _Run:
         """Of a batch of stills, or of clips."""
         if stage == "frames":
             return self.seen(part)
-        states, loss = self.remembered(part, rng.choice(self.recipe.windows or (self.model.config.window,)))
+        own = self.model.config.window
+        states, loss = self.remembered(part, rng.choice(self.recipe.windows or (own,)) if self.varied else own)
         return loss if stage == "things" else loss + self.answered(part, states, rng)
 
     def remembered(self, part: list[int], window: int) -> tuple[list[Tensor], Tensor]:
@@ -178,14 +185,23 @@ class _Run:
         model, config = self.model, self.model.config
         tokens, cells = self.tokens[part].float(), self.cells[part].long()
         facts, where = self.facts[part], self.where[part].long()
-        states, wrong = [model.empty(len(part), window)], []
+        states, wrong = [self.begun(len(part), window)], []
         for k, at in enumerate(model.chunks(tokens.shape[1])):
             states.append(model.remember(tokens[:, at], cells[:, at], states[-1]))
             latents = states[-1][:, (window - 1) * config.latents : window * config.latents]
             own = cells[:, at, : config.seeds, None] == where[:, at, None]
             clip, latent, thing = own.flatten(1, 2).nonzero(as_tuple=True)
             wrong.append(mistaken(model.facts(latents[clip, latent]), facts[clip, k, thing]))
+        self.left[window] = states[-1].detach()
         return states[1:], torch.stack(wrong).mean()
+
+    def begun(self, clips: int, window: int) -> Tensor:
+        """Memories that clips begin with: empty, or as other clips have left them."""
+        state = self.model.empty(clips, window)
+        if not self.varied or window not in self.left:
+            return state
+        before = self.left[window][torch.randint(len(self.left[window]), [clips])]
+        return torch.where(torch.rand(clips, 1, 1) < GOES_ON, before, state)
 
     def answered(self, part: list[int], states: list[Tensor], rng: random.Random) -> Tensor:
         """How unlikely the right answers are after each chunk, and how wrong is what names tell of their things."""

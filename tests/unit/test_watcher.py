@@ -127,16 +127,16 @@ def test_a_look_is_attention_and_a_step_by_hand() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_latents_are_as_many_whatever_the_length(tokens: int) -> None:
     resampler = Resampler(8, 2, 2, layers=2)
-    latents = resampler(torch.randn(2, 3, 8), torch.randn(2, tokens, 8), torch.zeros(2, tokens))
+    latents = resampler(torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, tokens, 8), torch.zeros(2, tokens))
     assert latents.shape == (2, 3, 8)
     assert torch.allclose(latents.square().mean(2), torch.ones(2, 3), atol=1e-3)
 
 
 def test_what_does_not_count_is_not_looked_at() -> None:
-    resampler, seeds, tokens = Resampler(8, 2, 2, layers=2), torch.randn(2, 3, 8), torch.randn(2, 6, 8)
+    resampler, seeds, tokens = Resampler(8, 2, 2, layers=2), torch.randn(2, 2, 3, 8), torch.randn(2, 6, 8)
     counts = torch.tensor([0.0, -1e4, 0.0, -1e4, -1e4, 0.0]).expand(2, -1)
     kept = counts[0] == 0
-    assert torch.allclose(resampler(seeds, tokens, counts), resampler(seeds, tokens[:, kept], counts[:, kept]), atol=1e-5)
+    assert torch.allclose(resampler(*seeds, tokens, counts), resampler(*seeds, tokens[:, kept], counts[:, kept]), atol=1e-5)
 
 
 def test_the_window_keeps_the_last_chunks_and_slots_take_what_leaves_it_by_a_gate() -> None:
@@ -171,6 +171,7 @@ def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher, re
     grids = encoder.grid(frames.flatten(0, 1)).unflatten(0, (2, 4))
     tokens: list[list[Any]] = [[], []]
     seeds: list[list[Any]] = [[], []]
+    names: list[list[Any]] = [[], []]
     counts: list[list[Any]] = [[], []]
     for n in range(2):
         for f in range(4):
@@ -183,8 +184,9 @@ def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher, re
                 token = spelled + model.project(cell) + model.place.weight[16 * y + x] + model.age[f - 4]
                 tokens[n].append(token)
                 seeds[n] += [token] * (at < config.seeds)
+                names[n] += [spelled] * (at < config.seeds)
                 counts[n].append(np.log(1 / (1 + np.exp(-there))))
-    made = [torch.stack([torch.stack(row) for row in rows]) for rows in (seeds, tokens)]
+    made = [torch.stack([torch.stack(row) for row in rows]) for rows in (seeds, names, tokens)]
     latents = model.resampler(*made, torch.tensor(counts).float())
     state = model.see(frames)
     window, slots = model.memory.parts(state)
@@ -194,7 +196,7 @@ def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher, re
     ids, mask = reel.encode([QUESTION, QUESTION])
     words = model.text_encoder(ids, mask)
     keys = torch.cat([latents + model.age[-4:].repeat_interleave(config.seeds, 0), slots], 1)
-    seen = words
+    seen = torch.cat([words[:, :1], words[:, 1:] + words[:, :-1]], 1)
     for reader, mixer in zip(model.readers, model.mixers, strict=True):
         seen = reader(seen, keys)
         seen = mixer(seen, seen)
