@@ -40,7 +40,7 @@ class Look(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A latent of each seed, however many tokens there are. Keys are tokens and latents (Alayrac et al. 2022, Flamingo).
+    """A latent of each seed, however many tokens there are. Keys are both, as in Alayrac et al. 2022 (Flamingo).
 
     Seeds are tokens themselves, and not learned queries: each is of one thing from the first step on.
     """
@@ -64,11 +64,12 @@ class Resampler(nn.Module):
 
 
 class RecurrentMemory(nn.Module):
-    """A window of the last chunks' latents, and slots that take what leaves it (Rae et al. 2020, Compressive Transformer).
+    """A window of the last chunks' latents, and slots that take what leaves it.
 
-    Slots take by gates, as a GRU does: between what was and a normalised candidate, so none grows, however many chunks
-    there are. The state [N,W+M,D] is the window, oldest first, zeros where there was nothing, then how far the slots
-    are from where they start. Any W that is a multiple of L will do.
+    As in Rae et al. 2020 (Compressive Transformer), but slots take by gates, as a GRU does: between what was and a
+    normalised candidate, so none grows, however many chunks there are. The state [N,W+M,D] is the window, oldest first,
+    zeros where there was nothing, then how far the slots are from where they start. Any W that is a multiple of L will
+    do.
     """
 
     def __init__(self, width: int, heads: int, ffn_ratio: int, slots: int) -> None:

@@ -1,7 +1,9 @@
-"""Training of the watcher on drawn clips: first what stands where in a frame, then memory and answers on frozen frames.
+"""Training of the watcher on drawn clips: what stands where in a frame, what happens to things, then answers.
 
-Stage 1, frames, teaches the frame encoder what stands in each cell of single frames; stage 2, clips, everything else
-on the tokens of stage 1, which are made once.
+Stage 1, frames, teaches the frame encoder what stands in each cell of single frames. Stage 2, things, teaches each
+latent what has happened to the thing that it is of, and when, on the tokens of stage 1, which are made once. Stage 3,
+clips, goes on with that beside the answers; a thing's name in a question learns to tell the same of it. In its second
+half some clips begin with a memory that other clips have filled, and windows are shorter at times: for the slots.
 
 Every epoch seeds itself from (seed, stage, epoch), so a run that was killed continues bit for bit.
 

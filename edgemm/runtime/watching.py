@@ -35,7 +35,7 @@ class Watch:
         self.state: Array | None = None
 
     def see(self, frames: Iterable[Frame]) -> None:
-        """Go on with these frames, uint8[S,S,3] each, as many a second as in training; they are read a chunk at a time."""
+        """Go on with these frames, uint8[S,S,3] each, as many a second as in training; they are read by chunks."""
         waiting = iter(frames)
         while chunk := list(islice(waiting, self.chunk)):
             for frame in chunk:

@@ -41,7 +41,15 @@ from edgemm.triton import write_repository
 from tests.bundles import RECIPE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL: dict[str, Any] = {"width": 32, "text_layers": 1, "channels": 8, "seeds": 3, "window": 2, "slots": 5, "readers": 1}
+SMALL: dict[str, Any] = {
+    "width": 32,
+    "text_layers": 1,
+    "channels": 8,
+    "seeds": 3,
+    "window": 2,
+    "slots": 5,
+    "readers": 1,
+}
 QUESTION = "is there a red circle at the end?"
 
 
@@ -136,7 +144,9 @@ def test_what_does_not_count_is_not_looked_at() -> None:
     resampler, seeds, tokens = Resampler(8, 2, 2, layers=2), torch.randn(2, 2, 3, 8), torch.randn(2, 6, 8)
     counts = torch.tensor([0.0, -1e4, 0.0, -1e4, -1e4, 0.0]).expand(2, -1)
     kept = counts[0] == 0
-    assert torch.allclose(resampler(*seeds, tokens, counts), resampler(*seeds, tokens[:, kept], counts[:, kept]), atol=1e-5)
+    assert torch.allclose(
+        resampler(*seeds, tokens, counts), resampler(*seeds, tokens[:, kept], counts[:, kept]), atol=1e-5
+    )
 
 
 def test_the_window_keeps_the_last_chunks_and_slots_take_what_leaves_it_by_a_gate() -> None:
@@ -160,12 +170,14 @@ def test_the_window_keeps_the_last_chunks_and_slots_take_what_leaves_it_by_a_gat
 
 
 def test_rows_of_nothing_are_not_looked_at() -> None:
-    assert known(torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 8)], 1)).tolist() == [pytest.approx([-29.9, -29.9, 0, 0], abs=0.1)]
+    assert known(torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 8)], 1)).tolist() == [
+        pytest.approx([-29.9, -29.9, 0, 0], abs=0.1)
+    ]
 
 
 @torch.inference_mode()
 def test_one_chunk_by_way_of_the_memory_is_the_unchunked_path(model: Watcher, reel: Reel) -> None:
-    """One chunk's tokens and seeds, gathered cell by cell, go through the resampler alone; words look at its latents."""
+    """A chunk's tokens and seeds, gathered cell by cell, go through the resampler alone; words look at its latents."""
     frames, config = torch.randn(2, 4, 3, 64, 64), model.config
     encoder, embeddings = model.frame_encoder, model.text_encoder.bert.embeddings.word_embeddings.weight
     grids = encoder.grid(frames.flatten(0, 1)).unflatten(0, (2, 4))
@@ -227,7 +239,9 @@ def test_what_latents_and_names_are_taught_is_what_happens(reel: Reel) -> None:
             facts = reel.facts(i, frame)
             assert facts[:, 0].tolist() == [float(track[frame] is not None) for track in clip.tracks]
             happened = {(e.subject, e.kind): e.frame for e in clip.events if e.frame <= frame}
-            happened |= {(e.target, "is moved onto"): e.frame for e in clip.events if e.kind == "onto" and e.frame <= frame}
+            happened |= {
+                (e.target, "is moved onto"): e.frame for e in clip.events if e.kind == "onto" and e.frame <= frame
+            }
             told = {
                 (thing.name, kind): frame - round(8 * float(row[9 + at].expm1()))
                 for thing, row in zip(clip.things, facts, strict=True)
@@ -240,7 +254,10 @@ def test_what_latents_and_names_are_taught_is_what_happens(reel: Reel) -> None:
         for thing, track, cells in zip(clip.things, clip.tracks, where.T.tolist(), strict=True):
             assert cells == [-1 if at is None else 16 * (at[1] // 4) + at[0] // 4 for at in track]
             if cells[0] >= 0:
-                assert {w for w, x in zip(reel.words, grid[cells[0], 1:], strict=True) if x} == {thing.colour, thing.shape}
+                assert {w for w, x in zip(reel.words, grid[cells[0], 1:], strict=True) if x} == {
+                    thing.colour,
+                    thing.shape,
+                }
 
 
 def test_the_last_word_of_a_name_is_of_its_thing(reel: Reel) -> None:
@@ -417,7 +434,15 @@ def test_frames_stand_one_below_the_other_in_the_files_of_clips(tmp_path: Path) 
 
 
 def recipe(**changes: Any) -> TrainWatcher:
-    sizes = {"clips": 8, "validation_clips": 4, "frame_epochs": 1, "thing_epochs": 1, "clip_epochs": 2, "clip_batch": 4, "windows": (1, 2)}
+    sizes = {
+        "clips": 8,
+        "validation_clips": 4,
+        "frame_epochs": 1,
+        "thing_epochs": 1,
+        "clip_epochs": 2,
+        "clip_batch": 4,
+        "windows": (1, 2),
+    }
     return TrainWatcher.model_validate({**sizes, "bf16": False, "model": SMALL, **changes})
 
 
