@@ -154,8 +154,7 @@ class _Run:
     def draw_clips(self) -> None:
         """What is kept of each clip's frames, where things are in them, what has happened to them after each chunk."""
         reel, config = self.reel, self.model.config
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-            self.tokens, self.cells = tokens_of(self.model.eval(), reel, reel.training)
+        self.tokens, self.cells = tokens_of(self.model.eval(), reel, reel.training)
         self.held = tokens_of(self.model, reel, reel.validation)
         stops = [int(at[-1]) for at in self.model.chunks(self.tokens.shape[1])]
         self.where = torch.stack([reel.where(i, config.side) for i in reel.training])
