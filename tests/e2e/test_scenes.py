@@ -148,7 +148,7 @@ def test_pictures_are_as_their_captions_say(edgemm: Any, device: Any, tmp_path: 
 
 
 def test_questions_on_videos_are_answered_chunk_by_chunk(edgemm: Any, device: Any, tmp_path: Path) -> None:
-    size = "target.budgets.max_size_ratio=0.5"  # half of it describes the graphs
+    size = "target.budgets.max_size_ratio=0.5"  # the graphs' own description is much of so small a model
     code, target, bundle = compress(edgemm, tmp_path, "--set", size, model="scenes_watcher")
     assert code == 0, target["gates"]
     (row,) = target["accuracy"]
