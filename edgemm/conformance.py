@@ -18,13 +18,14 @@ from edgemm.errors import InputError
 from edgemm.inspection import is_bundle
 from edgemm.parity import read_reference
 from edgemm.plugins import validate
-from edgemm.recipe import Recipe, Strict
+from edgemm.recipe import Recipe
 from edgemm.report.schema import Certificate
 from edgemm.runtime.bundle import Bundle, read_bundle
 from edgemm.runtime.golden import read_golden
 from edgemm.runtime.program import Program
 from edgemm.runtime.signature import signature_of
 from edgemm.target import Target
+from edgemm.yaml_files import Strict
 
 ENGINE_FILES = {"openvino": ("xml", "bin"), "onnxruntime": ("onnx",)}
 TENSORRT_FILES = tuple(f"{precision}.{kind}" for precision in ("int8", "fp16") for kind in ("engine", "onnx"))

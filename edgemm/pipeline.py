@@ -122,15 +122,17 @@ def train(recipe: Recipe, out: Path) -> Path:
 
     `out` also holds log.csv and checkpoint.pt: the same call resumes an interrupted run.
     """
-    from edgemm.models import reasoner, scenes_painter, scenes_reasoner
+    from edgemm.models import reasoner, scenes_painter, scenes_reasoner, scenes_watcher
     from edgemm.reasoner.painter_train import train_painter
     from edgemm.reasoner.scenes_train import train_scenes
     from edgemm.reasoner.train import train as train_reasoner
+    from edgemm.reasoner.watcher_train import train_watcher
 
-    if sum(section is not None for section in (recipe.train, recipe.train_scenes, recipe.train_painter)) != 1:
+    sections = recipe.train, recipe.train_scenes, recipe.train_painter, recipe.train_watcher
+    if sum(section is not None for section in sections) != 1:
         raise InputError(
             f"recipe {recipe.name} has no train section, or several",
-            fix="use reasoner-easy-vqa, reasoner-scenes or painter-scenes",
+            fix="use reasoner-easy-vqa, reasoner-scenes, painter-scenes or watcher-scenes",
         )
     with locked(out / ".runs"), artifact.writing(out):
         family: ModuleType
@@ -144,6 +146,10 @@ def train(recipe: Recipe, out: Path) -> Path:
             world = plugins.plugin("data", recipe.data or "scenes")
             model, tokenizer = train_painter(world, recipe.train_painter, recipe.seed, out)
             family = scenes_painter
+        elif recipe.train_watcher:
+            world = plugins.plugin("data", recipe.data or "scenes")
+            model, tokenizer = train_watcher(world, recipe.train_watcher, recipe.seed, out)
+            family = scenes_watcher
         else:
             assert recipe.train
             samples = plugins.plugin("data", recipe.data or "easy_vqa").samples("train")

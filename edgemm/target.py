@@ -9,8 +9,7 @@ from pydantic import Field
 from edgemm.errors import InputError
 from edgemm.host import Isa
 from edgemm.plugins import validate
-from edgemm.recipe import Strict
-from edgemm.yaml_files import override, read_yaml
+from edgemm.yaml_files import Strict, override, read_yaml
 
 Level = Literal["L0", "L1", "L2", "L3"]
 RTX_SM = (75, 80, 86, 89, 120, 121)  # what TensorRT-RTX 1.7 compiles for ahead of time

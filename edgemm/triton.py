@@ -86,6 +86,8 @@ def write_repository(path: Path, out: Path, report: Path | None, engines: Path |
             f"{path} holds TensorRT-RTX engines, which Triton does not run", fix="use --target x86-openvino"
         )
     program = plugins.validate(Served, bundle.manifest["program"], f"{path}: program")
+    if any(c.state for c in program.components):
+        raise InputError(f"{path} has a memory, which an ensemble has not", fix="use edgemm watch")
     target = plugins.validate(Target, bundle.manifest["provenance"].get("target"), f"{path}: provenance.target")
     files = device_engines(bundle, report, engines) if backend == "tensorrt" else component_files(bundle, program)
     if backend == "openvino":

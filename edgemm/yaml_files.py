@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from edgemm.errors import InputError
 from edgemm.plugins import PACKAGE
+
+
+class Strict(BaseModel):
+    """Base of every file boundary: unknown keys are errors, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 def read_yaml(folder: str, name: str) -> tuple[dict[str, Any], str]:

@@ -15,8 +15,8 @@ def command(
     model: Annotated[
         Optional[str],
         typer.Argument(
-            help="reasoner, scenes_reasoner, scenes_painter, a model directory, an .onnx file or a directory of them, "
-            "or package.module:factory. Default: the recipe's."
+            help="reasoner, scenes_reasoner, scenes_painter, scenes_watcher, a model directory, an .onnx file or a "
+            "directory of them, or package.module:factory. Default: the recipe's."
         ),
     ] = None,
     recipe: Annotated[

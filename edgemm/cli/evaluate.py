@@ -10,7 +10,7 @@ import typer
 
 from edgemm import console
 
-TRAINED_ON = {"reasoner": "easy_vqa", "scenes_reasoner": "scenes", "scenes_painter": "scenes"}
+TRAINED_ON = {"reasoner": "easy_vqa"} | dict.fromkeys(("scenes_reasoner", "scenes_painter", "scenes_watcher"), "scenes")
 
 
 def command(

@@ -1,7 +1,7 @@
 """Data sets, one a file. Each has `samples(split) -> list[Sample]` for the splits "train" and "test".
 
 One may have `captions(split) -> list[Sample]`, too: media with what is said of them, for models that embed or
-are asked nothing.
+are asked nothing; and `watched(split)`: videos as the tensor `frames`, with questions.
 
 Calibration, tuning and training read "train"; only verify and evaluate read "test". Two files are no
 data sets of their own: manifest.py reads the user's files, noise.py makes some.
@@ -73,8 +73,10 @@ def split(recipe: Recipe, program: Program) -> tuple[list[Sample], list[Sample]]
         train, test = _random(recipe, program)
     elif not Path(recipe.data).exists():
         module = plugins.plugin("data", recipe.data)
-        draw = module.samples
-        if hasattr(module, "captions") and (of_captions(program()) or not program().get("text")):
+        draw, watched = module.samples, {"frames"}
+        if hasattr(module, "watched") and {t["tensor"] for t in program().get("tensors", ())} == watched:
+            draw = module.watched
+        elif hasattr(module, "captions") and (of_captions(program()) or not program().get("text")):
             draw = module.captions
         train, test = (_fit(draw(part), program()) for part in ("train", "test"))
     else:

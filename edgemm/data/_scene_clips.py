@@ -138,6 +138,27 @@ def clip_questions(clip: Clip, rng: random.Random) -> list[Question]:
     return found
 
 
+def questions_by(clip: Clip, frame: int) -> list[Question]:
+    """All that clip_questions could ask if the clip ended with this frame, and of each thing whether it is there."""
+    guest, target, mover = clip.things
+    found = [
+        Question("existence", f"is there a {thing.name} at the end?", "yes" if track[frame] else "no")
+        for thing, track in zip(clip.things, clip.tracks, strict=True)
+    ]
+    happened = [e for e in clip.events if e.frame <= frame]
+    for change in (e for e in happened if e.subject == guest.name):
+        verb = "appear" if change.kind == "appears" else "vanish"
+        for other in (e for e in happened if e is not change):
+            for word, holds in (("before", change.frame < other.frame), ("after", change.frame > other.frame)):
+                text = f"does the {guest.name} {verb} {word} {other.text}?"
+                found.append(Question("relation", text, "yes" if holds else "no"))
+    just = any(e.kind == "onto" and e.frame > frame - FPS for e in happened)
+    for a, b in ((mover, target), (target, mover)):
+        moved = "yes" if just and a is mover else "no"
+        found.append(Question("implication", f"has the {a.name} just moved onto the {b.name}?", moved))
+    return found
+
+
 def clips(split: str, seed: int) -> Iterator[Clip]:
     """Clips without end: "train", or "test", where of no two the same is told, nor what is told of a training clip.
 

@@ -8,21 +8,27 @@ class can be learned from a few pictures.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from dataclasses import fields
 from functools import cache
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from edgemm import console
 from edgemm.data import Sample
 from edgemm.data._scene_check import StoredClip, check, read_clips, read_frames
 from edgemm.data._scene_clips import (
+    FPS,
     Clip,
     Event,
     Subtitle,
     clip_questions,
     clips,
     frames,
+    questions_by,
     subtitles,
     wrong_roles,
     wrong_times,
@@ -35,6 +41,7 @@ from edgemm.data._scene_world import Scene, Thing, scenes
 from edgemm.errors import EdgemmError, InputError
 
 __all__ = (
+    "FPS",
     "Clip",
     "Event",
     "Negative",
@@ -57,6 +64,7 @@ __all__ = (
     "is_true",
     "png",
     "questions",
+    "questions_by",
     "read_clips",
     "read_frames",
     "samples",
@@ -65,12 +73,14 @@ __all__ = (
     "spoken",
     "subtitles",
     "tones",
+    "watched",
     "wav",
     "write",
     "wrong_roles",
     "wrong_times",
 )
 SCENES = {"train": 4000, "test": 1000}
+CLIPS = {"train": 100, "test": 400}
 
 
 def samples(split: str) -> list[Sample]:
@@ -86,6 +96,15 @@ def captions(split: str) -> list[Sample]:
     """The same pictures with what can be said of them as the label, and as sound, for models that embed."""
     _known(split)
     return list(_captions(split))
+
+
+def watched(split: str) -> list[Sample]:
+    """Three questions about each of 100 clips ("train") or 400 ("test"), for models that watch.
+
+    tensors  frames float32[F,3,64,64], -1..1, FPS a second
+    """
+    _known(split)
+    return list(_watched(split))
 
 
 def _known(split: str) -> None:
@@ -110,6 +129,19 @@ def _captions(split: str) -> tuple[Sample, ...]:
         Sample(name, name, png(draw(scene)), label=caption(scene), kind="caption", audio=wav(tones(scene)))
         for name, scene, _ in asked(split, 0, SCENES[split])
     )
+
+
+@cache
+def _watched(split: str) -> tuple[Sample, ...]:
+    rng, found = random.Random(f"clip questions {split} 0"), []
+    for i, clip in enumerate(islice(clips(split, 0), CLIPS[split])):
+        pixels = frames(clip).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        name = f"{split}-clip-{i:05d}"
+        found += [
+            Sample(f"{name}-{q.kind}", name, text=q.text, label=q.answer, kind=q.kind, tensors={"frames": pixels})
+            for q in clip_questions(clip, rng)
+        ]
+    return tuple(found)
 
 
 def main(arguments: list[str]) -> int:

@@ -33,7 +33,8 @@ from edgemm.errors import InputError
 from edgemm.models._graph import caller
 from edgemm.runtime.session import Session
 
-OWN = ("reasoner", "scenes_reasoner", "scenes_painter")  # trained here: no checkpoints of transformers
+# trained here: no checkpoints of transformers
+OWN = ("reasoner", "scenes_reasoner", "scenes_painter", "scenes_watcher")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
@@ -55,6 +56,7 @@ class Component:
     max_sizes  largest size of each dynamic axis
     high       ids of an integer input are under this, by name of the input; masks need no entry: they are ones
     min_sizes  smallest size of a dynamic axis, where it is over 1
+    state      (input, output) that go round, of a component that takes its other inputs chunk by chunk
     """
 
     name: str
@@ -64,6 +66,7 @@ class Component:
     max_sizes: dict[str, int]
     high: dict[str, int] = field(default_factory=dict)
     min_sizes: dict[str, int] = field(default_factory=dict)
+    state: tuple[str, str] | None = None
 
     def example(self, batch: int, *, small: bool = False) -> dict[str, torch.Tensor]:
         """Seeded inputs of `batch` rows, every other dynamic axis at its largest, or `small`: at 5 or its smallest."""
@@ -92,6 +95,7 @@ class Component:
             "outputs": [asdict(p) for p in self.outputs],
             "max_sizes": self.max_sizes,
             **({"min_sizes": self.min_sizes} if self.min_sizes else {}),
+            **({"state": self.state} if self.state else {}),
         }
 
 

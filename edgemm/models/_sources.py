@@ -14,6 +14,7 @@ EMBEDDED = {
     "reasoner": plugins.PACKAGE / "reasoner" / "weights",
     "scenes_reasoner": plugins.PACKAGE / "reasoner" / "scenes_weights",
     "scenes_painter": plugins.PACKAGE / "reasoner" / "painter_weights",
+    "scenes_watcher": plugins.PACKAGE / "reasoner" / "watcher_weights",
 }
 
 

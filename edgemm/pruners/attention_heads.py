@@ -12,7 +12,7 @@ from edgemm.console import log
 from edgemm.pruners._calibration import grams, repair
 from edgemm.pruners._scores import attention, fisher, magnitude
 from edgemm.pruners._selection import choose, matching, named
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):

@@ -18,7 +18,7 @@ from edgemm.models import AttentionBlock
 from edgemm.pruners._calibration import grams, repair
 from edgemm.pruners._scores import attention, fisher, magnitude
 from edgemm.pruners._selection import matching, named
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 # tests/bench/merged_links.py, 40 words and 241 patches, width 768, 12 heads, OpenVINO f32, 2 threads.
 MERGED = "to split the scores of text -> image off makes the attention layer 1.01x faster, of image -> text 0.99x"

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from edgemm.errors import InputError
 from edgemm.models._key_tokens import KeyTokens, TokenLayer
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):

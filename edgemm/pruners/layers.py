@@ -19,7 +19,7 @@ from edgemm.models._blocks import Stack, stacks
 from edgemm.models._hidden_units import running, that_run
 from edgemm.pruners._calibration import not_reached
 from edgemm.pruners._selection import matching
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):

@@ -17,7 +17,7 @@ from edgemm.models._hidden_units import HiddenUnits, matrix, that_run
 from edgemm.pruners._calibration import grams, repair, watch
 from edgemm.pruners._scores import fisher
 from edgemm.pruners._selection import choose, matching
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from edgemm.console import log
 from edgemm.errors import InputError
 from edgemm.pruners._selection import matching
-from edgemm.recipe import Strict
 from edgemm.target import Target
+from edgemm.yaml_files import Strict
 
 LAST = True  # what another pass corrects or cuts afterwards would undo the pattern
 GROUP, ZEROS = 4, 2

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from edgemm.errors import InputError
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):

@@ -14,7 +14,7 @@ from edgemm.errors import InputError
 from edgemm.models._hidden_units import that_run
 from edgemm.pruners._calibration import grams, repair
 from edgemm.pruners._scores import fisher
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from edgemm.errors import InputError, ToolchainError
 from edgemm.graph import layer_of, matches
 from edgemm.graph.bypass import take_scales
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 S = TypeVar("S", bound="Static")
 

@@ -36,7 +36,7 @@ from edgemm.reasoner.album import Album
 from edgemm.reasoner.painter import Painter, PainterConfig
 from edgemm.reasoner.recogniser import Recogniser, as_pixels, train_recogniser
 from edgemm.reasoner.scenes_train import WARM_UP, batches
-from edgemm.recipe import TrainPainter
+from edgemm.training import TrainPainter
 
 COLUMNS = ("stage", "epoch", "seconds", "loss", "right")
 STAGES = {  # parts of the model that learn

@@ -27,7 +27,7 @@ from edgemm.reasoner.corpus import UNKNOWN
 from edgemm.reasoner.scenes_corpus import WRONG, ScenesCorpus
 from edgemm.reasoner.scenes_model import ScenesReasoner
 from edgemm.reasoner.train import Perception
-from edgemm.recipe import TrainScenes
+from edgemm.training import TrainScenes
 
 Keys = Mapping[str, Tensor]
 GROUPS = 3

@@ -32,7 +32,7 @@ from edgemm.reasoner.scenes_corpus import ScenesCorpus
 from edgemm.reasoner.scenes_losses import Losses
 from edgemm.reasoner.scenes_model import ScenesReasoner
 from edgemm.reasoner.scenes_validation import Figures, calibrate, validate
-from edgemm.recipe import TrainScenes
+from edgemm.training import TrainScenes
 
 WARM_UP = 100  # steps
 CACHED = 256  # scenes encoded at a time

@@ -27,7 +27,7 @@ from edgemm.console import log, progress
 from edgemm.data import Sample
 from edgemm.reasoner.corpus import UNKNOWN, Corpus
 from edgemm.reasoner.model import Reasoner, ReasonerConfig
-from edgemm.recipe import Train
+from edgemm.training import Train
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 

@@ -10,8 +10,8 @@ from pydantic import ConfigDict, Field
 
 from edgemm import plugins
 from edgemm.errors import InputError
-from edgemm.recipe import Strict
 from edgemm.report.schema import BundleFile, Percentiles
+from edgemm.yaml_files import Strict
 
 Precision = Literal["fp16", "int8"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 Smoothing = float | Literal["auto"]
 

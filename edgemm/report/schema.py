@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from edgemm.recipe import Strict
 from edgemm.report.int8_schema import Saturation, Settled, Share, Tuned
 from edgemm.target import Level
+from edgemm.yaml_files import Strict
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "UNVERIFIED"]
 

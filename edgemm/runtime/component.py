@@ -81,16 +81,17 @@ class Components(dict[str, Component]):
     origins   the modalities without which each one can't run
     joint     those that hang on which modalities there are, and so wait until all of a query's are encoded: whoever
               makes what something before makes, too, takes what several make, or takes what such a one makes
-    ports     names of the tensors that each one takes and makes
+    ports     names of the tensors that each one takes, but for a state of its own, and makes
     sources   modality -> the tensors that its pre-processing makes
     """
 
     def __init__(self, specs: Sequence[dict[str, Any]], sources: Mapping[str, set[str]], compile_: Compile) -> None:
         super().__init__((spec["name"], Component(spec, compile_)) for spec in specs)
         self.sources = sources
-        self.ports: dict[str, tuple[set[str], set[str]]] = {
-            spec["name"]: ({p["name"] for p in spec["inputs"]}, {p["name"] for p in spec["outputs"]}) for spec in specs
-        }
+        self.ports: dict[str, tuple[set[str], set[str]]] = {}
+        for spec in specs:
+            inputs, outputs = ({port["name"] for port in spec[side]} for side in ("inputs", "outputs"))
+            self.ports[spec["name"]] = inputs - set(spec.get("state") or ()), outputs
         self.origins: dict[str, set[str]] = {}
         of = {tensor: {modality} for modality, tensors in sources.items() for tensor in tensors}
         made = Counter(chain(of, *(outputs for _, outputs in self.ports.values())))

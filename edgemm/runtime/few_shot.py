@@ -24,10 +24,10 @@ from pydantic import Field, model_validator
 from edgemm.artifact import canonical, write_atomic
 from edgemm.errors import InputError
 from edgemm.plugins import validate
-from edgemm.recipe import Strict
 from edgemm.runtime.inputs import Name
 from edgemm.runtime.query import Answer, Query, activate
 from edgemm.runtime.session import Session
+from edgemm.yaml_files import Strict
 
 MAX_BYTES = 1 << 26
 FEW = 20  # examples that tell how far a label reaches

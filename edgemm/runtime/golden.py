@@ -19,10 +19,10 @@ from pydantic import Field
 
 from edgemm.errors import InputError
 from edgemm.plugins import validate
-from edgemm.recipe import Strict
 from edgemm.runtime.arrays import MADE, read_array, read_arrays
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import Session
+from edgemm.yaml_files import Strict
 
 TOLERANCE = 0.05
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,120}$")]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]

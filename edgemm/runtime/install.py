@@ -25,13 +25,14 @@ from pydantic import Field
 from edgemm.artifact import canonical, locked, writing
 from edgemm.errors import InputError, ToolchainError, VerdictError
 from edgemm.plugins import validate
-from edgemm.recipe import Strict, Version
+from edgemm.recipe import Version
 from edgemm.runtime.archive import UNPACKED
 from edgemm.runtime.bundle import Bundle, read_bundle
 from edgemm.runtime.disk import read_regular, sync_directory, write_durable
 from edgemm.runtime.golden import TOLERANCE, golden_error
 from edgemm.runtime.session import Session
 from edgemm.runtime.signature import MAX_SIGNATURE, signature_of
+from edgemm.yaml_files import Strict
 
 SLOTS = ("a", "b")
 NAME = "model.edgemm"

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from edgemm.recipe import Strict
 from edgemm.runtime.inputs import AudioSpec, Id, ImageSpec, Name, Size, TensorSpec, TextSpec
+from edgemm.yaml_files import Strict
 
 
 class Port(Strict):
@@ -25,6 +25,8 @@ class ComponentSpec(Strict):
     """One compiled graph. `max_sizes`: largest size of each dynamic axis; `min_sizes` the smallest where over 1.
 
     precision   of the float parts, where it is not that of the settings
+    state       (input, output) that go round: the other inputs, as long as one likes along axis 1, are taken chunk by
+                chunk, a chunk being what the port's shape says; see recurrence.py
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")]
@@ -33,6 +35,21 @@ class ComponentSpec(Strict):
     max_sizes: dict[Name, Size]
     min_sizes: dict[Name, Size] = Field({})
     precision: Literal["f32", "bf16"] | None = None
+    state: tuple[Name, Name] | None = None
+
+    @model_validator(mode="after")
+    def state_goes_round(self) -> ComponentSpec:
+        if self.state is None:
+            return self
+        before = [p for p in self.inputs if p.name == self.state[0]]
+        after = [p for p in self.outputs if p.name == self.state[1]]
+        shapes = {(p.dtype, p.shape[1:]) for p in (*before, *after)}
+        if not before or not after or len(shapes) > 1 or not all(isinstance(n, int) for n in before[0].shape[1:]):
+            raise ValueError(f"{self.name}: {' and '.join(self.state)} are no input and output of one fixed shape")
+        chunks = {p.shape[1:2] for p in self.inputs if p not in before}
+        if len(chunks) != 1 or not all(isinstance(n, int) for n in chunks.pop() or [""]):
+            raise ValueError(f"{self.name}: its inputs have no chunks of one fixed size")
+        return self
 
 
 class Exit(Strict):
@@ -214,6 +231,8 @@ class Program(Strict):
             made = set(known)
             if isinstance(output, Generation) and component.name == output.decoder:
                 made |= output.own
+            if component.state:
+                made.add(component.state[0])
             if missing := {p.name for p in component.inputs} - made:
                 raise ValueError(f"nothing makes the input {min(missing)!r} of {component.name}")
             known |= {p.name for p in component.outputs}

@@ -26,6 +26,7 @@ from edgemm.runtime.media import Media
 from edgemm.runtime.pictures import pixels, uri, whole
 from edgemm.runtime.program import Generation, Program
 from edgemm.runtime.query import Answer, Array, Call, Encoded, Outputs, Query, Tensors, answer_of, query_of
+from edgemm.runtime.recurrence import read_chunks
 
 MAX_BATCH = 16
 
@@ -156,9 +157,13 @@ class Session:
         known, left_out = dict(tensors), {self.decoder, *(self.components.joint if alone else ())}
         for name, (inputs, outputs) in self.components.ports.items():
             if name not in left_out and inputs <= known.keys() and not outputs <= known.keys():
+                component = self.components[name]
+                if component.spec["state"]:
+                    known.update(read_chunks(component, known, self.observe))
+                    continue
                 if self.observe:
                     self.observe(name, {n: known[n] for n in inputs})
-                known.update(self.components[name](known))
+                known.update(component(known))
                 for tensor in outputs & self.exits.keys():
                     if left := leave(known, tensor, self.exits[tensor], self.output["tensor"], self.infer):
                         return left

@@ -24,10 +24,17 @@ from pydantic import BaseModel, ValidationError
 from edgemm.errors import InputError
 from edgemm.plugins import PACKAGE, names, plugin
 
-CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host", "yaml_files")
+CORE = ("artifact", "recipe", "target", "errors", "plugins", "console", "host", "training", "yaml_files")
 GROUPS = ("models", "pruners", "quantizers", "backends", "metrics", "data")
 # families of what edgemm/reasoner/ has
-TRAINED_HERE = ("reasoner", "scenes_reasoner", "_scenes_graphs", "_scenes_levels", "scenes_painter")
+TRAINED_HERE = (
+    "reasoner",
+    "scenes_reasoner",
+    "_scenes_graphs",
+    "_scenes_levels",
+    "scenes_painter",
+    "scenes_watcher",
+)
 FRAMEWORKS = (
     "torch",
     "transformers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from edgemm.data import scenes
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import Session, load_bundle
+from edgemm.runtime.watching import Watch
 from edgemm.scorecard import cost
 from tests.conftest import NO_TIMED_GATE
 
@@ -145,3 +147,23 @@ def test_pictures_are_as_their_captions_say(edgemm: Any, device: Any, tmp_path: 
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "made.png") as image:
         assert scenes.is_true(caption, scenes.seen(np.asarray(image)))
+
+
+def test_questions_on_videos_are_answered_chunk_by_chunk(edgemm: Any, device: Any, tmp_path: Path) -> None:
+    size = "target.budgets.max_size_ratio=0.5"  # the graphs' own description is much of so small a model
+    code, target, bundle = compress(edgemm, tmp_path, "--set", size, model="scenes_watcher")
+    assert code == 0, target["gates"]
+    (row,) = target["accuracy"]
+    assert row["fp32"] > 0.9
+    session, rng, right = load_bundle(bundle), random.Random(0), []
+    for clip in islice(scenes.clips("test", 0), 60):
+        watch = Watch(session)
+        watch.see(scenes.frames(clip))
+        asked = scenes.clip_questions(clip, rng)
+        right += [watch.ask(question.text).answer == question.answer for question in asked]
+    assert sum(right) > 0.85 * len(right)
+    (tmp_path / "clip.png").write_bytes(scenes.png(scenes.frames(clip).reshape(-1, 64, 3)))
+    texts = [part for question in asked for part in ("--text", question.text)]
+    done = device("watch", bundle, tmp_path / "clip.png", *texts)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [watch.ask(question.text).answer for question in asked]

@@ -26,10 +26,10 @@ from edgemm.reasoner.album import Album, as_told, plainest
 from edgemm.reasoner.painter import Painter, PainterConfig, PictureCodes
 from edgemm.reasoner.painter_train import train_painter
 from edgemm.reasoner.recogniser import Recogniser, as_pixels, train_recogniser
-from edgemm.recipe import TrainPainter
 from edgemm.runtime.pictures import URI, png, whole
 from edgemm.runtime.query import Query
 from edgemm.runtime.session import open_directory
+from edgemm.training import TrainPainter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL: dict[str, Any] = {

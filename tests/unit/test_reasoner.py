@@ -25,9 +25,9 @@ from edgemm.reasoner import train as training
 from edgemm.reasoner.corpus import UNKNOWN, Corpus, build_tokenizer, told
 from edgemm.reasoner.model import Attention, FusionLayer, Reasoner, ReasonerConfig, additive_mask
 from edgemm.reasoner.train import train
-from edgemm.recipe import Train
 from edgemm.runtime.inputs import ImageSpec
 from edgemm.runtime.preprocess import image_to_pixels
+from edgemm.training import Train
 from tests.checkpoints import REASONER
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,7 +25,7 @@ from edgemm.reasoner.scenes_corpus import WRONG, ScenesCorpus
 from edgemm.reasoner.scenes_losses import SUBSETS, balanced, pointed
 from edgemm.reasoner.scenes_train import train_scenes
 from edgemm.reasoner.scenes_validation import first_is_most
-from edgemm.recipe import TrainScenes
+from edgemm.training import TrainScenes
 from tests.checkpoints import SCENES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,7 +239,7 @@ KILLED = """
 import os, pathlib, sys, torch
 from edgemm.data import scenes
 from edgemm.reasoner import scenes_train as training
-from edgemm.recipe import TrainScenes
+from edgemm.training import TrainScenes
 save = training.torch.save
 def kill(state, to):
     if (state["stage"], state["epoch"]) == ("captions", 1):

@@ -45,6 +45,8 @@ class Model:
         self.backend = self.program["backend"]
         if self.output.get("picture"):
             raise InputError(f"{path}: {self.name} makes pictures, which are not served", fix="use edgemm run")
+        if any(c["state"] for c in self.program["components"]):
+            raise InputError(f"{path}: {self.name} watches, which is not served", fix="use edgemm watch")
         self.prompted = bool(self.output.get("text_prompt"))
         self.sources = checked.sources()
         if self.prompted:

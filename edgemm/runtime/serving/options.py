@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from edgemm.recipe import Strict
+from edgemm.yaml_files import Strict
 
 
 class Options(Strict):
