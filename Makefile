@@ -43,7 +43,7 @@ bench-serve: setup
 	$(BIN)/python tests/bench/serving_memory.py
 
 bench-scenes: setup
-	$(BIN)/python tests/bench/scenes.py --set target.budgets.min_speedup=null
+	$(BIN)/python tests/bench/scenes.py
 
 bench-tensorrt: setup
 	$(BIN)/python tests/bench/tensorrt.py

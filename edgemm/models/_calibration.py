@@ -71,6 +71,7 @@ def _loss(known: dict[str, Tensor], session: Session, rng: torch.Generator) -> T
     output = session.output
     tensors = output.get("tensors", output.get("tensor"))
     names = [tensors] if isinstance(tensors, str) else list(tensors.values() if isinstance(tensors, dict) else tensors)
+    names += [output["match"]] if output.get("match") else []
     total = torch.zeros(())
     for name in (n for n in names if n in known):
         logits = known[name].detach()

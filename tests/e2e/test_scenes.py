@@ -116,7 +116,7 @@ def test_a_question_that_is_too_long_is_refused(device: Any, compressed: Any, tm
 
 
 def test_the_same_weights_find_pictures(edgemm: Any, tmp_path: Path) -> None:
-    code, target, bundle = compress(edgemm, tmp_path, "--set", "task=find_image")
+    code, target, bundle = compress(edgemm, tmp_path, "--recipe", "scenes_reasoner-int8", "--set", "task=find_image")
     assert code == 0, target["gates"]
     (row,) = target["accuracy"]
     assert (row["metric"], row["fp32"] > 0.6) == ("recall_at_1", True)
@@ -129,7 +129,8 @@ def test_the_same_weights_find_pictures(edgemm: Any, tmp_path: Path) -> None:
 
 
 def test_the_same_weights_write_captions(edgemm: Any, tmp_path: Path) -> None:
-    code, target, bundle = compress(edgemm, tmp_path, "--set", "task=caption", "--set", "verify.limit=200")
+    how = "--recipe", "scenes_reasoner-int8", "--set", "task=caption", "--set", "verify.limit=200"
+    code, target, bundle = compress(edgemm, tmp_path, *how)
     assert code in (0, 5), target["gates"]
     drawn = [scene for _, scene, _ in islice(scenes.asked("test", 0, 30), 30)]
     session = load_bundle(bundle)
