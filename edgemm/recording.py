@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ def record(
             )
         for name in wanted:
             recorded[name] += met[name][:: max(1, len(met[name]) // STEPS)]
+    if not_yet := {name for name in wanted if not recorded[name]}:
+        # A graph of its own for each set of modalities: what no sample reaches, a part of one may.
+        session.observe = lambda name, tensors: recorded[name].append(dict(tensors)) if name in not_yet else None
+        for sample in calibration:
+            for part in parts(session.tensors(sample.query), session.sources):
+                session.infer(part)
     if unmet := sorted(name for name in wanted if not recorded[name]):
         ports = session.components[unmet[0]].spec["inputs"]
         raise InputError(
@@ -62,6 +69,13 @@ def record(
             fix=f"give rows with {' and '.join(session.sources)} in the train split",
         )
     return recorded
+
+
+def parts(tensors: Tensors, sources: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+    """The tensors of each smaller set of a sample's modalities."""
+    given = [names for names in sources.values() if names <= tensors.keys()]
+    subsets = [subset for n in range(1, len(given)) for subset in combinations(given, n)]
+    return [{name: tensors[name] for names in subset for name in names} for subset in subsets]
 
 
 def spread(samples: Sequence[Any], n: int) -> list[Any]:

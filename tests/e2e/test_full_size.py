@@ -74,7 +74,8 @@ def test_the_scenes_reasoner_at_full_size(edgemm: Any, tmp_path: Path, capsys: p
     """BERT base, ResNet-50, wav2vec 2.0 base and levels of width 768 in INT8, all modalities given."""
     directory, out = checkpoints.write_scenes(tmp_path / "scenes", checkpoints.FULL_SCENES), tmp_path / "out"
     arguments = ("--data", "random:8", "--target", "x86-openvino", "-o", out, "--json")
-    done = edgemm("compress", directory, *arguments, *UNGATED, *QUICK, timeout=3600)
+    recipe = "--recipe", "scenes_reasoner-int8"
+    done = edgemm("compress", directory, *arguments, *recipe, *UNGATED, *QUICK, timeout=3600)
     assert done.returncode == 5, done.stderr
     report = json.loads((out / "report.json").read_text())
     (target,) = report["targets"]

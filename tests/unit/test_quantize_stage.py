@@ -52,6 +52,14 @@ def test_what_each_component_meets_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert {name: len(rows) for name, rows in found.items()} == {"vision": 1, "words": 1}
 
 
+def test_a_graph_for_fewer_modalities_than_any_sample_has_meets_a_part_of_one() -> None:
+    sources = {"image": {"pixels"}, "text": {"ids", "mask"}, "audio": {"wave"}}
+    found = recording.parts({"pixels": np.ones(1), "ids": np.ones(2), "mask": np.ones(2)}, sources)
+    assert [set(part) for part in found] == [{"pixels"}, {"ids", "mask"}]
+    assert len(recording.parts(dict.fromkeys(("pixels", "ids", "mask", "wave"), np.ones(1)), sources)) == 6
+    assert recording.parts({"wave": np.ones(1)}, sources) == []
+
+
 def test_no_calibration_row_for_a_modality(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InputError, match=r"none of 2 calibration samples reaches words: it needs ids\n  fix: give rows"
