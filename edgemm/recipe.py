@@ -43,17 +43,21 @@ class QuantizeSearch(Strict):
 
 
 class Form(Strict):
-    """`int8`: false leaves a component in float. `precision` of what is not INT8, null: the recipe's."""
+    """`int8`: false leaves a component in float. `precision` of what is not INT8, null: the recipe's.
+
+    threads   at most so many of the target's: where products are small, another one costs more than it does
+    """
 
     int8: bool = True
     precision: Literal["f32", "bf16"] | None = None
+    threads: int | None = Field(None, ge=1)
 
 
 class Quantize(Use):
     """A quantizer, its options, and what differs for single components, by glob pattern over their names.
 
-    components   changes of options, and `int8` and `precision`, see Form; with a `use` of its own, the options of
-                 that quantizer alone
+    components   changes of options, and `int8`, `precision` and `threads`, see Form; with a `use` of its own, the
+                 options of that quantizer alone
     search       finds some of the options, and the form of each component, by measurement on calibration data
     held         calibration samples that give no ranges, since a search is judged on them
     """

@@ -55,7 +55,7 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
         errors.RuntimeException,
     )
     options = ort.SessionOptions()
-    options.intra_op_num_threads = settings["threads"]
+    options.intra_op_num_threads = min(settings["threads"], component.get("threads") or settings["threads"])
     options.add_session_config_entry("session.force_spinning_stop", "1")  # threads that idle take no core
     if settings.get("qdq") == "as written":
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -32,14 +32,16 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
     core = ov.Core()
     xml, weights = (files[f"{component['name']}.{suffix}"] for suffix in ("xml", "bin"))
     shapes = {p["name"]: [axis if isinstance(axis, int) else -1 for axis in p["shape"]] for p in component["inputs"]}
+    streams = settings.get("streams", 1)
+    threads = (component.get("threads") or settings["threads"]) * streams
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": component.get("precision") or settings["precision"],
-        "INFERENCE_NUM_THREADS": settings["threads"],
+        "INFERENCE_NUM_THREADS": min(settings["threads"], threads),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if settings.get("streams", 1) > 1:
+    if streams > 1:
         # Pinned, the streams of two components would share a core.
-        options |= {"NUM_STREAMS": settings["streams"], "ENABLE_CPU_PINNING": False}
+        options |= {"NUM_STREAMS": streams, "ENABLE_CPU_PINNING": False}
     if b'type="Assign"' in xml:
         # A decoder's time is that of reading its weights: quantizing one token's activations only costs.
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
@@ -64,7 +66,7 @@ def compile_component(files: Mapping[str, bytes], component: dict[str, Any], set
         compiled = core.compile_model(model, "CPU", options)
         if settings.get("cache"):
             cache.keep(key, compiled.export_model().getvalue())
-    return Engine(compiled, component, ov.Tensor)
+    return Engine(compiled, component, ov.Tensor, handed_over=streams > 1)
 
 
 def _device(core: Any) -> tuple[str, ...]:
@@ -83,8 +85,8 @@ class Engine:
     again. What the graph keeps from call to call (a decoder's cache) is returned as a Kept.
     """
 
-    def __init__(self, compiled: Any, component: dict[str, Any], tensor: Any) -> None:
-        self.compiled, self.component, self.tensor = compiled, component, tensor
+    def __init__(self, compiled: Any, component: dict[str, Any], tensor: Any, *, handed_over: bool = False) -> None:
+        self.compiled, self.component, self.tensor, self.handed_over = compiled, component, tensor, handed_over
         self.request = compiled.create_infer_request()
         self.inputs, outputs = ([port["name"] for port in component[side]] for side in ("inputs", "outputs"))
         states = {state.name: state for state in self.request.query_state()}
@@ -92,8 +94,8 @@ class Engine:
         self.computed = [name for name in outputs if name not in {o for o, _ in self.kept.values()}]
         self.bound: dict[str, tuple[Any, NDArray[Any]]] = {}  # what was given, and the memory that the engine reads
         self.own: dict[str, NDArray[Any]] = {}  # of that, what nobody else reads
-        # In the calling thread: handing a call to a stream's thread and back takes longer than a small graph.
-        self.run = partial(self.request.infer, share_outputs=True)
+        # In the calling thread, unless there are several streams: handing a call over takes as long as a small graph.
+        self.run = self._hand_over if handed_over else partial(self.request.infer, share_outputs=True)
 
     def __call__(self, tensors: Tensors) -> dict[str, Any]:
         for name in self.inputs:
@@ -106,6 +108,10 @@ class Engine:
         self.run()
         computed = {name: self.request.get_tensor(name).data for name in self.computed}
         return computed | dict(self.kept.values())
+
+    def _hand_over(self) -> None:
+        self.request.start_async()
+        self.request.wait()
 
     def _bind(self, name: str, value: NDArray[Any]) -> None:
         """Let the graph read `value`: of a small one a copy, in the memory that it reads already."""
@@ -124,7 +130,7 @@ class Engine:
         self.bound[name] = value, held
 
     def another(self) -> Engine:
-        return Engine(self.compiled, self.component, self.tensor)
+        return Engine(self.compiled, self.component, self.tensor, handed_over=self.handed_over)
 
 
 class Kept:

@@ -24,7 +24,7 @@ class Port(Strict):
 class ComponentSpec(Strict):
     """One compiled graph. `max_sizes`: largest size of each dynamic axis; `min_sizes` the smallest where over 1.
 
-    precision   of the float parts, where it is not that of the settings
+    precision   of the float parts, where it is not that of the settings;  threads  at most, of those of the settings
     state       (input, output) that go round: the other inputs, as long as one likes along axis 1, are taken chunk by
                 chunk, a chunk being what the port's shape says; see recurrence.py
     """
@@ -35,6 +35,7 @@ class ComponentSpec(Strict):
     max_sizes: dict[Name, Size]
     min_sizes: dict[Name, Size] = Field({})
     precision: Literal["f32", "bf16"] | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
     state: tuple[Name, Name] | None = None
 
     @model_validator(mode="after")

@@ -72,8 +72,8 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model:
                 for key, found in int8.json("findings.json").items():
                     findings[key].append(found)
             if not tensorrt:
-                if use and forms[name].precision:
-                    spec["precision"] = forms[name].precision
+                if use:
+                    spec |= forms[name].model_dump(include={"precision", "threads"}, exclude_none=True)
                 onnx.save(work.read(name) if quantized is None else quantized, out / f"{name}.onnx")
                 continue
             log(f"lower {name}: {' and '.join(precisions)} for TensorRT")
@@ -100,7 +100,7 @@ def quantize(graph: Artifact, recipe: Recipe, target: Target, runs: Path, model:
             "precisions": precisions,
             "use": work.uses if use else {},
             "components": {n: o.model_dump(mode="json") for n, o in options.items()},
-            "forms": {n: [f.int8, f.precision] for n, f in forms.items()},
+            "forms": {n: f.model_dump() for n, f in forms.items()},
             "held": recipe.quantize.held if recipe.quantize else 0,
             "calibration": recipe.calibration,
             "seed": recipe.seed,
