@@ -416,6 +416,35 @@ def test_heads_and_units_that_leave_stay_away_when_it_is_read_again(directory: P
         assert torch.equal(again(**inputs(2)), model(**inputs(2)))
 
 
+@pytest.mark.parametrize(
+    ("task", "run"),
+    [
+        ("answer", {"text_encoder", "image_encoder", "audio_encoder", "levels"}),
+        ("find_image", {"text_encoder", "image_encoder", "levels"}),
+        ("find_audio", {"text_encoder", "audio_encoder"}),
+        ("caption", {"image_encoder", "captioner"}),
+    ],
+)
+def test_passes_find_the_units_that_the_task_runs(task: str, run: set[str]) -> None:
+    from edgemm.models._hidden_units import that_run
+
+    found = {hidden.name for hidden in that_run(scenes_reasoner, build(task=task))}
+    assert {name.partition(".")[0] for name in found} == run
+    assert ("levels.0.slots" in found) == (task == "answer")
+
+
+def test_pruned_for_one_task_it_loads_for_another(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer().to_str())
+    model = build()
+    for block in scenes_reasoner.attentions(model):
+        block.keep([0])
+    scenes_reasoner.save(model, tmp_path / "model", tmp_path)
+    scenes_reasoner.for_task(tmp_path / "model", "caption", tmp_path / "caption")
+    again = scenes_reasoner.load(tmp_path / "caption")
+    assert again.config.task == "caption"
+    assert again.level(0).layers[0].self_attention.heads == 1
+
+
 def test_every_component_exports_and_is_the_same_in_onnx_runtime(directory: Path, tmp_path: Path) -> None:
     """`check` runs one row and three, at the largest sizes and at small ones; then each subset goes all the way."""
     model = scenes_reasoner.load(directory)
