@@ -129,9 +129,9 @@ def test_the_same_weights_find_pictures(edgemm: Any, tmp_path: Path) -> None:
 
 
 def test_the_same_weights_write_captions(edgemm: Any, tmp_path: Path) -> None:
-    how = "--recipe", "scenes_reasoner-int8", "--set", "task=caption", "--set", "verify.limit=200"
-    code, target, bundle = compress(edgemm, tmp_path, *how)
-    assert code in (0, 5), target["gates"]
+    few = "--set", "verify.limit=200", "--set", "verify.margin=0.05"  # of so few, no bound is under a point
+    code, target, bundle = compress(edgemm, tmp_path, "--recipe", "scenes_reasoner-int8", "--set", "task=caption", *few)
+    assert code == 0, target["gates"]
     drawn = [scene for _, scene, _ in islice(scenes.asked("test", 0, 30), 30)]
     session = load_bundle(bundle)
     told = [session.run(image=scenes.png(scenes.draw(s))).answer for s in drawn]
