@@ -8,12 +8,9 @@ image_decoder  plan -> codes -> picture
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertAttention
 
@@ -21,30 +18,17 @@ from edgemm.models import AttentionBlock, Component
 from edgemm.models import Tensor as Spec
 from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import MAX_BATCH, Settings, cache_ports, decoder
-from edgemm.models._shrunk import left, shrink
+from edgemm.models._shrunk import read, write
 from edgemm.reasoner.painter import Painter, PainterConfig
-from edgemm.runtime.preprocess import read_tokenizer
 
 
 def load(directory: Path) -> Painter:
-    """The model of config.json and model.safetensors (any float width), pruned as the config says."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
-    model = Painter(PainterConfig.from_dict(config)).eval()
-    shrink(model, attentions, config["left"])
-    weights = load_file(directory / "model.safetensors")
-    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in weights.items()})
-    return model
+    return read(directory, lambda config: Painter(PainterConfig.from_dict(config)), attentions)
 
 
 def save(model: Painter, directory: Path, source: Path, *, half: bool = False) -> None:
-    """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "scenes_painter", **model.config.to_dict(), "left": left(model, attentions)}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {n: t.half() if half and t.is_floating_point() else t for n, t in model.state_dict().items()}
-    save_file({n: t.contiguous() for n, t in weights.items()}, directory / "model.safetensors")
-    shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
+    config = {"model_type": "scenes_painter", **model.config.to_dict()}
+    write(model, config, attentions, directory, source, half=half)
 
 
 class CrossCache(nn.Module):

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
 from transformers.models.bert.modeling_bert import BertAttention
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
@@ -16,12 +15,11 @@ from edgemm.models import AttentionBlock, Component
 from edgemm.models._attentions import bert_attention
 from edgemm.models._decoder import bart_attention
 from edgemm.models._scenes_graphs import GRAPHS, most_tokens, output
-from edgemm.models._shrunk import left, shrink
+from edgemm.models._shrunk import read, write
 from edgemm.reasoner.config import ScenesConfig
 from edgemm.reasoner.corpus import MEAN, STD
 from edgemm.reasoner.model import Attention
 from edgemm.reasoner.scenes_model import ScenesReasoner
-from edgemm.runtime.preprocess import read_tokenizer
 
 TASKS = ("answer", "find_image", "find_audio", "caption")
 
@@ -36,24 +34,12 @@ def for_task(directory: Path, task: str, out: Path) -> None:
 
 
 def load(directory: Path) -> ScenesReasoner:
-    """The model of config.json and model.safetensors (any float width), pruned as the config says."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    read_tokenizer((directory / "tokenizer.json").read_bytes(), str(directory / "tokenizer.json"))
-    model = ScenesReasoner(ScenesConfig.from_dict(config)).eval()
-    shrink(model, every_attention, config["left"])
-    weights = load_file(directory / "model.safetensors")
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return model
+    return read(directory, lambda config: ScenesReasoner(ScenesConfig.from_dict(config)), every_attention)
 
 
 def save(model: ScenesReasoner, directory: Path, source: Path, *, half: bool = False) -> None:
-    """Write config.json, model.safetensors, and the tokenizer.json of `source`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "scenes_reasoner", **model.config.to_dict(), "left": left(model, every_attention)}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {n: t.half() if half and t.is_floating_point() else t for n, t in model.state_dict().items()}
-    save_file({n: t.contiguous() for n, t in weights.items()}, directory / "model.safetensors")
-    shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
+    config = {"model_type": "scenes_reasoner", **model.config.to_dict()}
+    write(model, config, every_attention, directory, source, half=half)
 
 
 def components(model: ScenesReasoner) -> list[Component]:
